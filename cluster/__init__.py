@@ -1,0 +1,1 @@
+"""Where it runs: the `slimrank` command, the Ray connection, the demo."""

@@ -1,0 +1,67 @@
+"""Connect to Ray: a local one of our own, the cluster of the job we run in, or the one at an address.
+
+Only a Ray that this process started is stopped again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+
+from trainer.errors import ConfigError
+
+# said before Ray is imported or started: they are read once
+QUIET = {
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+}
+
+
+@contextlib.contextmanager
+def ray_session(address: str | None = None, *, debug: bool = False) -> Iterator[None]:
+    """Ray, connected for the length of the block.
+
+    Without an address: the cluster named by RAY_ADDRESS (set inside a submitted job), else a local Ray of our own.
+    Raises: ConfigError when there is no cluster at the address.
+    """
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    where = address or os.environ.get("RAY_ADDRESS") or "local"
+    level = logging.INFO if debug else logging.ERROR
+    if not debug:
+        quiet()
+    try:
+        ray.init(
+            address=where,
+            logging_level=level,
+            log_to_driver=debug,
+            **({"include_dashboard": False} if where == "local" else {}),
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"no Ray cluster at {where}: {str(error).splitlines()[0]}: check --address") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def quiet() -> None:
+    """Keep the libraries' notes off the user's terminal."""
+    warnings.filterwarnings("ignore")
+    for name in ("ray", "ray.data", "ray.train", "ray.tune", "ray.serve", "torchrec", "fbgemm_gpu", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger().setLevel(logging.ERROR)

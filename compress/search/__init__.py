@@ -1,0 +1,1 @@
+"""What should be done to a model: profile, exact trials, objective, search."""

@@ -1,0 +1,1 @@
+"""Artifact -> answers: ranking in process, and behind Ray Serve."""

@@ -1,0 +1,1 @@
+"""Raw log -> prepared Parquet -> checkpoint. Knows nothing of compression or serving."""

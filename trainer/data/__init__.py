@@ -1,0 +1,1 @@
+"""Raw log -> batches: schema, sources, transform, prepare, reader."""

@@ -1,0 +1,96 @@
+"""A prepared data set on disk: what prepare writes and training, tuning and evaluation read.
+
+DIR/dataset.json            format version, rows and files of each split, positives, out-of-vocabulary shares
+DIR/transform.json          the fitted transform (trainer/data/transform.py), with vocabulary/TABLE.arrow
+DIR/counts/TABLE.arrow      lookups of each row in the training split
+DIR/{train,val,test}/*.parquet
+DIR/items.parquet           the item catalogue: item id, title, raw item-side columns, as last seen
+DIR/sample.parquet          raw validation rows, for golden requests and parity tests
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trainer.data.transform import Transform, load_transform, read_arrow
+from trainer.errors import DataError
+
+SplitName = Literal["train", "val", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
+FORMAT_VERSION = 1
+LABELS = "labels"
+DENSE = "dense"
+GROUP = "group"
+
+
+def sparse_column(feature: str) -> str:
+    """The prepared column that holds the rows of a sparse feature."""
+    return f"sparse.{feature}"
+
+
+@dataclass(frozen=True)
+class PartFile:
+    """One prepared Parquet file and the rows of each of its row groups."""
+
+    path: str
+    row_groups: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An opened prepared data set."""
+
+    folder: Path
+    transform: Transform
+    files: dict[str, list[PartFile]]
+    positives: dict[str, list[int]]
+    manifest: dict[str, Any]
+
+    def rows(self, split: SplitName) -> int:
+        """Rows of a split."""
+        return sum(sum(f.row_groups) for f in self.files[split])
+
+    def counts(self, table: str) -> np.ndarray:
+        """Lookups of each row (num_embeddings,) int64 in the training split."""
+        return read_arrow(self.folder / "counts" / f"{table}.arrow")["count"].to_numpy()
+
+    def items(self) -> pa.Table | None:
+        """The raw item catalogue, where the schema names an item id."""
+        path = self.folder / "items.parquet"
+        return pq.read_table(path) if path.exists() else None
+
+    def sample(self) -> pa.Table:
+        """Raw validation rows."""
+        return pq.read_table(self.folder / "sample.parquet")
+
+
+def open_dataset(folder: Path) -> Dataset:
+    """Open what prepare wrote.
+
+    Raises: DataError when the folder is no prepared data set, or a file of it is missing.
+    """
+    folder = Path(folder).absolute()
+    try:
+        manifest = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+        files = {
+            split: [PartFile(str(folder / f["path"]), tuple(f["row_groups"])) for f in manifest["files"][split]]
+            for split in SPLITS
+        }
+    except (OSError, KeyError, TypeError, json.JSONDecodeError):
+        raise DataError(
+            f"{folder}: not a prepared data set: give --data the folder that 'data prepare' wrote"
+        ) from None
+    if version != FORMAT_VERSION:
+        raise DataError(f"{folder}: format {version}, this version reads {FORMAT_VERSION}: prepare it again")
+    for part in (p for parts in files.values() for p in parts):
+        if not Path(part.path).exists():
+            raise DataError(f"{part.path}: missing from the prepared data set: prepare it again")
+    return Dataset(folder, load_transform(folder), files, manifest["positives"], manifest)

@@ -1,0 +1,160 @@
+"""Statistics of the training rows -> a fitted Transform.
+
+`FitStats` is what one fragment says; it merges with others in any order. `fit_transform` turns the sum into
+vocabularies, quantile buckets and means. Pure: no files, no Ray.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from trainer.data.schema import CategoricalFeature, DataConfig, MultiFeature, NumericFeature
+from trainer.data.transform import (
+    RESERVED_ROWS,
+    IdMap,
+    NumericStats,
+    TableInfo,
+    Transform,
+    as_numbers,
+    flat,
+    hash_ids,
+    split_bags,
+    warp,
+)
+from trainer.errors import DataError
+
+QUANTILE_SAMPLE = 200_000  # values a fragment contributes to the quantiles at most; exact below that
+
+
+@dataclass
+class NumberStats:
+    """Sums of one number over training rows."""
+
+    count: int = 0
+    missing: int = 0
+    total: float = 0.0
+    total_square: float = 0.0
+    low: float = np.inf
+    high: float = -np.inf
+    sample: list[np.ndarray] = field(default_factory=list)
+
+    def merge(self, other: NumberStats) -> None:
+        """Add another fragment's sums."""
+        self.count += other.count
+        self.missing += other.missing
+        self.total += other.total
+        self.total_square += other.total_square
+        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+        self.sample += other.sample
+
+
+@dataclass
+class FitStats:
+    """What one fragment's training rows say: id counts by table, sums by number."""
+
+    rows: int = 0
+    ids: dict[str, list[tuple[np.ndarray, np.ndarray]]] = field(default_factory=dict)
+    numbers: dict[str, NumberStats] = field(default_factory=dict)
+
+    def merge(self, other: FitStats) -> None:
+        """Add another fragment. Id counts are summed once several have gathered."""
+        self.rows += other.rows
+        for name, parts in other.ids.items():
+            held = self.ids.setdefault(name, [])
+            held += parts
+            if len(held) > 16:
+                self.ids[name] = [sum_counts(held)]
+        for name, stats in other.numbers.items():
+            self.numbers.setdefault(name, NumberStats()).merge(stats)
+
+
+def sum_counts(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted distinct keys uint64 and their summed counts int64."""
+    if not parts:
+        return np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64)
+    keys, inverse = np.unique(np.concatenate([k for k, _ in parts]), return_inverse=True)
+    counts = np.zeros(len(keys), dtype=np.int64)
+    np.add.at(counts, inverse, np.concatenate([c for _, c in parts]))
+    return keys, counts
+
+
+def observe(raw: pa.Table, data: DataConfig, seed: int) -> FitStats:
+    """The statistics of one fragment's training rows.
+
+    Raises: DataError naming a column whose values are not of its feature's kind.
+    """
+    stats = FitStats(rows=len(raw))
+    rng = np.random.default_rng(seed)
+    for feature in data.features:
+        column = flat(raw[feature.source])
+        if isinstance(feature, NumericFeature):
+            stats.numbers[feature.name] = _observe_number(as_numbers(column, feature.source), feature, rng)
+            continue
+        if isinstance(feature, MultiFeature):
+            column = split_bags(column, feature)[0]
+        if _hash_size(feature, data) is None:
+            keys, missing = hash_ids(column, feature.source)
+            unique, counts = np.unique(keys[~missing], return_counts=True)
+            stats.ids.setdefault(feature.table_name, []).append((unique, counts))
+    return stats
+
+
+def _observe_number(numbers: np.ndarray, feature: NumericFeature, rng: np.random.Generator) -> NumberStats:
+    known = warp(numbers[~np.isnan(numbers)], feature)
+    stats = NumberStats(count=len(known), missing=len(numbers) - len(known))
+    if len(known):
+        stats.total, stats.total_square = float(known.sum()), float(np.square(known).sum())
+        stats.low, stats.high = float(known.min()), float(known.max())
+        if feature.transform == "bucketize":
+            stats.sample = [known if len(known) <= QUANTILE_SAMPLE else rng.choice(known, QUANTILE_SAMPLE, False)]
+    return stats
+
+
+def _hash_size(feature: CategoricalFeature | MultiFeature, data: DataConfig) -> int | None:
+    owner = next(f for f in data.features if f.name == feature.table_name)
+    return owner.hash_size if isinstance(owner, CategoricalFeature | MultiFeature) else None
+
+
+def fit_transform(stats: FitStats, data: DataConfig, default_dim: int) -> Transform:
+    """Vocabularies, buckets and means of the training rows.
+
+    Raises: DataError when a number has no value at all in the training rows.
+    """
+    numerics = {f.name: _fit_number(stats.numbers[f.name], f) for f in data.features if isinstance(f, NumericFeature)}
+    tables: dict[str, TableInfo] = {}
+    id_maps: dict[str, IdMap] = {}
+    for owner in data.sparse_features:
+        if owner.table_name != owner.name:
+            continue
+        name = owner.name
+        readers = tuple(f.name for f in data.sparse_features if f.table_name == name)
+        if isinstance(owner, NumericFeature):
+            id_map = IdMap(len(numerics[name].boundaries) + 1)
+            kind = "buckets"
+        elif owner.hash_size is not None:
+            id_map = IdMap(owner.hash_size)
+            kind = "hash"
+        else:
+            keys, counts = sum_counts(stats.ids.get(name, []))
+            kept = keys[counts >= (owner.min_count or data.min_count)]
+            id_map = IdMap(len(kept), kept)
+            kind = "vocabulary"
+        id_maps[name] = id_map
+        rows = id_map.size + RESERVED_ROWS
+        tables[name] = TableInfo(name, kind, rows, owner.dim or default_dim, readers)  # type: ignore[arg-type]
+    return Transform(data, tables, id_maps, numerics)
+
+
+def _fit_number(stats: NumberStats, feature: NumericFeature) -> NumericStats:
+    if stats.count == 0:
+        raise DataError(f"feature {feature.name!r}: column {feature.source!r} has no number in the training rows")
+    mean = stats.total / stats.count
+    std = float(np.sqrt(max(stats.total_square / stats.count - mean * mean, 0.0)))
+    boundaries: tuple[float, ...] = ()
+    if feature.transform == "bucketize":
+        quantiles = np.quantile(np.concatenate(stats.sample), np.arange(1, feature.buckets) / feature.buckets)
+        boundaries = tuple(float(q) for q in np.unique(quantiles))
+    return NumericStats(mean, std if std > 1e-12 else 1.0, stats.low, stats.high, stats.missing > 0, boundaries)

@@ -1,0 +1,347 @@
+"""Raw log -> prepared Parquet, with Ray Data.
+
+Three passes, each a map over the log's fragments: time cuts (only for a split by time), statistics of the training
+rows, encoded rows. Workers return small sums; what they write lands in a staging folder that becomes the output by one
+rename.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+import ray.data
+
+from trainer.config import RunConfig
+from trainer.data.dataset import DENSE, FORMAT_VERSION, GROUP, LABELS, SPLITS, sparse_column
+from trainer.data.encoded import Encoded
+from trainer.data.fit import FitStats, fit_transform, observe, sum_counts
+from trainer.data.log import Fragment, csv_to_parquet, find_files, fragments_of
+from trainer.data.schema import DataConfig, comparison, parse_comparison
+from trainer.data.transform import OOV_ROW, Transform, as_numbers, as_text, flat, hash_ids, write_arrow
+from trainer.errors import DataError, SlimrankError
+from trainer.files import new_directory, write_json
+
+ROW_GROUP_ROWS = 65_536
+SAMPLE_ROWS = 256
+
+
+class Progress(Protocol):
+    """Reports long work: `step` of `total` units named `what`."""
+
+    def __call__(self, what: str, step: int, total: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Splitter:
+    """Which split each row of a fragment falls into."""
+
+    data: DataConfig
+    cuts: tuple[float, float] = (0.0, 0.0)
+
+    def assign(self, raw: pa.Table, fragment: Fragment) -> np.ndarray:
+        """Split index (N,) int8: 0 train, 1 val, 2 test. Raises: DataError for a word that names no split."""
+        if fragment.split is not None:
+            return np.full(len(raw), SPLITS.index(fragment.split), dtype=np.int8)  # type: ignore[arg-type]
+        if self.data.split.column is not None:
+            name = self.data.split.column
+            words = as_text(flat(raw[name]), name)
+            index = pc.index_in(words, pa.array(list(SPLITS)))
+            if index.null_count:
+                seen = pc.unique(words.filter(index.is_null())).to_pylist()[:3]
+                raise DataError(f"column {name!r}: {seen} name no split: its values must be train, val or test")
+            return index.to_numpy().astype(np.int8)
+        if self.data.split.by == "timestamp":
+            position = timestamps(raw, self.data)
+        else:
+            position = np.arange(fragment.start, fragment.start + len(raw), dtype=np.float64)
+        return np.searchsorted(np.asarray(self.cuts), position, side="right").astype(np.int8)
+
+
+def timestamps(raw: pa.Table, data: DataConfig) -> np.ndarray:
+    """The time of each row as float64, in the column's own unit. Raises: DataError for a missing or unreadable time."""
+    name = str(data.timestamp)
+    column = flat(raw[name])
+    try:
+        times = as_numbers(column, name)
+    except DataError:
+        parsed = pd.to_datetime(pd.Series(column.to_pylist()), utc=True, format="ISO8601", errors="coerce")
+        times = np.where(parsed.isna(), np.nan, parsed.astype("int64").to_numpy(np.float64))
+    if np.isnan(times).any():
+        bad = int(np.isnan(times).argmax())
+        raise DataError(f"column {name!r}: row {bad} of a fragment holds {column[bad].as_py()!r}, not a time")
+    return times
+
+
+def read_labels(raw: pa.Table, data: DataConfig) -> np.ndarray:
+    """Labels (N, T) float32, NaN where the log has none. Raises: DataError for values that are neither 0 nor 1."""
+    columns = []
+    for task in data.tasks:
+        values = as_numbers(flat(raw[task.column]), task.column)
+        known = ~np.isnan(values)
+        if task.positive is not None:
+            bound = parse_comparison(task.positive)[1]
+            values = np.where(known, comparison(task.positive)(values, bound), np.nan)
+        elif not np.isin(values[known], (0.0, 1.0)).all():
+            seen = values[known][~np.isin(values[known], (0.0, 1.0))][0]
+            raise DataError(
+                f"task {task.name!r}: column {task.column!r} holds {seen:g}, a label is 0 or 1: "
+                f"say which values are positive, such as positive: '>= 4'"
+            )
+        columns.append(values.astype(np.float32))
+    return np.stack(columns, axis=1)
+
+
+# -- the passes: functions of one fragment ---------------------------------------------------------------------------
+
+
+def _observe_times(fragment: Fragment, data: DataConfig) -> np.ndarray:
+    return timestamps(fragment.read([str(data.timestamp)]), data)
+
+
+def _observe_rows(fragment: Fragment, splitter: Splitter) -> FitStats:
+    data = splitter.data
+    raw = fragment.read(data.columns)
+    training = (splitter.assign(raw, fragment) == 0) & ~np.isnan(read_labels(raw, data)).any(axis=1)
+    return observe(raw.filter(pa.array(training)), data, seed=fragment.index)
+
+
+@dataclass
+class Written:
+    """What encoding one fragment gave back."""
+
+    files: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {s: [] for s in SPLITS})
+    positives: dict[str, np.ndarray] = field(default_factory=dict)
+    lookups: dict[str, list[tuple[np.ndarray, np.ndarray]]] = field(default_factory=dict)
+    unknown: dict[str, dict[str, int]] = field(default_factory=lambda: {s: {} for s in SPLITS})
+    dropped: int = 0
+    items: pa.Table | None = None
+    sample: pa.Table | None = None
+
+
+def _write_rows(fragment: Fragment, splitter: Splitter, transform: Transform, folder: Path) -> Written:
+    data = splitter.data
+    raw = fragment.read(data.columns)
+    labels = read_labels(raw, data)
+    labelled = ~np.isnan(labels).any(axis=1)
+    split_of = splitter.assign(raw, fragment)
+    written = Written(dropped=int((~labelled).sum()), items=_seen_items(raw, data, fragment))
+    for index, split in enumerate(SPLITS):
+        chosen = np.flatnonzero((split_of == index) & labelled)
+        if not len(chosen):
+            continue
+        rows = raw.take(pa.array(chosen))
+        encoded = transform.encode(rows)
+        path = f"{split}/part-{fragment.index:05d}.parquet"
+        table = _prepared_table(encoded, labels[chosen], _groups(rows, data))
+        pq.write_table(table, folder / path, row_group_size=ROW_GROUP_ROWS)
+        sizes = [min(ROW_GROUP_ROWS, len(chosen) - at) for at in range(0, len(chosen), ROW_GROUP_ROWS)]
+        written.files[split].append({"path": path, "row_groups": sizes})
+        written.positives[split] = labels[chosen].sum(axis=0, dtype=np.float64)
+        for name, ragged in encoded.sparse.items():
+            written.unknown[split][name] = int((ragged.values == OOV_ROW).sum())
+            if split == "train":
+                table_name = transform.sparse[name].table_name
+                written.lookups.setdefault(table_name, []).append(np.unique(ragged.values, return_counts=True))
+        if split == "val":
+            written.sample = rows.slice(0, SAMPLE_ROWS)
+    written.lookups = {k: [sum_counts(v)] for k, v in written.lookups.items()}
+    return written
+
+
+def _prepared_table(encoded: Encoded, labels: np.ndarray, groups: np.ndarray | None) -> pa.Table:
+    columns: dict[str, pa.Array] = {}
+    for name, ragged in encoded.sparse.items():
+        values = pa.array(ragged.values.astype(np.int32))
+        if ragged.lengths is not None:
+            offsets = np.concatenate(([0], np.cumsum(ragged.lengths))).astype(np.int32)
+            values = pa.ListArray.from_arrays(pa.array(offsets), values)
+        columns[sparse_column(name)] = values
+    if encoded.dense.shape[1]:
+        columns[DENSE] = pa.FixedSizeListArray.from_arrays(pa.array(encoded.dense.ravel()), encoded.dense.shape[1])
+    columns[LABELS] = pa.FixedSizeListArray.from_arrays(pa.array(labels.ravel()), labels.shape[1])
+    if groups is not None:
+        columns[GROUP] = pa.array(groups)
+    return pa.table(columns)
+
+
+def _groups(raw: pa.Table, data: DataConfig) -> np.ndarray | None:
+    column = data.ids.group or data.ids.user
+    return None if column is None else hash_ids(flat(raw[column]), column)[0]
+
+
+def _seen_items(raw: pa.Table, data: DataConfig, fragment: Fragment) -> pa.Table | None:
+    """Each item once: its raw item-side columns as the fragment last saw them, and when."""
+    if data.ids.item is None:
+        return None
+    wanted = [data.ids.item, *([data.title] if data.title else [])]
+    wanted += [f.source for f in data.features if f.side == "item"]
+    table = raw.select(list(dict.fromkeys(wanted)))
+    if data.timestamp is not None:
+        when = timestamps(raw, data)
+    else:
+        when = np.arange(fragment.start, fragment.start + len(raw), dtype=np.float64)
+    keys, missing = hash_ids(flat(raw[data.ids.item]), data.ids.item)
+    return _last_seen(
+        table.append_column("_key", pa.array(keys)).append_column("_when", pa.array(when)).filter(pa.array(~missing))
+    )
+
+
+def _last_seen(items: pa.Table) -> pa.Table:
+    """The latest row of each `_key`, in key order."""
+    key, when = items["_key"].to_numpy(), items["_when"].to_numpy()
+    order = np.lexsort((when, key))
+    last = np.flatnonzero(np.append(key[order][1:] != key[order][:-1], True)) if len(order) else order
+    return items.take(pa.array(order[last]))
+
+
+# -- the shell -------------------------------------------------------------------------------------------------------
+
+
+def prepare(run: RunConfig, out: Path, progress: Progress) -> dict[str, Any]:
+    """Prepare a run's log into the folder `out`; Ray must be connected.
+
+    Returns the rows of each split and the tables, as `slimrank data prepare --json` prints them.
+    Raises: DataError when the log does not fit the schema, a split is empty, or a label has one class.
+    """
+    data = run.data
+    started = time.monotonic()
+    with new_directory(Path(out)) as staging:
+        fragments = fragments_of(_as_parquet(find_files(data), data, staging, progress), data)
+        splitter = _fit_splitter(fragments, data, progress)
+        stats = FitStats()
+        for part in _map(partial(_observe_rows, splitter=splitter), fragments, "fit", progress):
+            stats.merge(part)
+        if stats.rows == 0:
+            raise DataError("split train: no rows: check data.split against the log")
+        transform = fit_transform(stats, data, run.model.embedding_dim)
+        for split in SPLITS:
+            (staging / split).mkdir()
+        write = partial(_write_rows, splitter=splitter, transform=transform, folder=staging)
+        manifest = _finish(_map(write, fragments, "encode", progress), transform, data, staging)
+        manifest["name"] = run.name
+        for path in staging.glob(".csv-*"):
+            path.unlink()
+        transform.save(staging)
+        write_json(staging / "dataset.json", manifest)
+    return {
+        "data": str(Path(out).absolute()),
+        "rows": manifest["rows"],
+        "dropped_without_label": manifest["dropped_without_label"],
+        "positives": manifest["positives"],
+        "tables": {
+            t.name: {"num_embeddings": t.num_embeddings, "embedding_dim": t.embedding_dim}
+            for t in transform.tables.values()
+        },
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _as_parquet(files: list, data: DataConfig, staging: Path, progress: Progress) -> list:
+    csv = [(i, f) for i, f in enumerate(files) if f.is_csv]
+    if not csv:
+        return files
+    targets = {i: str(staging / f".csv-{i:05d}.parquet") for i, _ in csv}
+    jobs = [(f.path, targets[i]) for i, f in csv]
+    _map(lambda job: csv_to_parquet(*job, data=data), jobs, "read csv", progress)
+    return [type(f)(targets[i], f.split, False) if f.is_csv else f for i, f in enumerate(files)]
+
+
+def _fit_splitter(fragments: Sequence[Fragment], data: DataConfig, progress: Progress) -> Splitter:
+    first, second = data.split.fractions[0], data.split.fractions[0] + data.split.fractions[1]
+    if data.split.by == "timestamp":
+        times = np.sort(np.concatenate(_map(partial(_observe_times, data=data), fragments, "times", progress)))
+        at = [min(round(len(times) * f), len(times) - 1) for f in (first, second)]
+        return Splitter(data, (float(times[at[0]]), float(times[at[1]])))
+    rows = sum(f.rows for f in fragments)
+    return Splitter(data, (float(round(rows * first)), float(round(rows * second))))
+
+
+def _finish(parts: list[Written], transform: Transform, data: DataConfig, folder: Path) -> dict[str, Any]:
+    """Sum what the fragments gave back, check it, and write counts, catalogue and sample."""
+    files = {split: [f for p in parts for f in p.files[split]] for split in SPLITS}
+    rows = {split: sum(sum(f["row_groups"]) for f in files[split]) for split in SPLITS}
+    positives = {
+        split: [int(x) for x in sum(p.positives.get(split, np.zeros(len(data.tasks))) for p in parts)]
+        for split in SPLITS
+    }
+    check_splits(rows, positives, data)
+    (folder / "counts").mkdir()
+    for table in transform.tables.values():
+        keys, counts = sum_counts([c for p in parts for c in p.lookups.get(table.name, [])])
+        full = np.zeros(table.num_embeddings, dtype=np.int64)
+        full[keys.astype(np.int64)] = counts
+        write_arrow(pa.table({"count": full}), folder / "counts" / f"{table.name}.arrow")
+    items = [p.items for p in parts if p.items is not None]
+    if items:
+        catalogue = _last_seen(pa.concat_tables(items, promote_options="permissive"))
+        pq.write_table(catalogue.drop_columns(["_key", "_when"]), folder / "items.parquet")
+    samples = [p.sample for p in parts if p.sample is not None]
+    pq.write_table(
+        pa.concat_tables(samples, promote_options="permissive").slice(0, SAMPLE_ROWS), folder / "sample.parquet"
+    )
+    return {
+        "format_version": FORMAT_VERSION,
+        "rows": rows,
+        "positives": positives,
+        "dropped_without_label": sum(p.dropped for p in parts),
+        "unknown_ids": {
+            split: {f: sum(p.unknown[split].get(f, 0) for p in parts) for f in transform.sparse} for split in SPLITS
+        },
+        "fingerprint": transform.fingerprint(),
+        "files": files,
+    }
+
+
+def check_splits(rows: dict[str, int], positives: dict[str, list[int]], data: DataConfig) -> None:
+    """Raises: DataError for an empty split or a label with one class, which no metric can be taken on."""
+    for split in SPLITS:
+        if rows[split] == 0:
+            raise DataError(f"split {split}: no rows: check data.split ({data.split.model_dump(exclude_none=True)})")
+        for task, count in zip(data.tasks, positives[split], strict=True):
+            if count in (0, rows[split]):
+                raise DataError(
+                    f"task {task.name!r}: all {rows[split]} labels of split {split} are {int(count > 0)}: a ranker "
+                    f"needs both classes: check column {task.column!r} and positive {task.positive!r}, or the split"
+                )
+
+
+def _map(function: Callable[[Any], Any], items: Sequence[Any], what: str, progress: Progress) -> list[Any]:
+    """Run a function over items with Ray Data, results in the items' order; the first user error ends it.
+
+    Results travel pickled between this run's own workers; none of it is stored.
+    """
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it reports every pass on stderr
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+    def work(row: dict[str, Any]) -> dict[str, Any]:
+        try:
+            result: Any = function(items[row["index"]])
+        except SlimrankError as error:
+            result = error
+        return {"index": row["index"], "result": pickle.dumps(result)}
+
+    blocks = ray.data.from_items([{"index": i} for i in range(len(items))], override_num_blocks=len(items))
+    progress(what, 0, len(items))
+    results: list[Any] = [None] * len(items)
+    for done, row in enumerate(blocks.map(work).iter_rows(), start=1):
+        result = pickle.loads(row["result"])
+        if isinstance(result, SlimrankError):
+            raise result
+        results[row["index"]] = result
+        progress(what, done, len(items))
+    return results

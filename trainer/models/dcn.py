@@ -1,0 +1,46 @@
+"""DCN v2: explicit low-rank feature crosses beside an MLP.
+
+Source: Wang et al., DCN V2, 2021 (parallel structure, low-rank cross).
+Legend: B batch, I dense inputs, D sum of embedding dims, X = I + D, R cross rank, T tasks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config import ModelConfig
+from trainer.models.ranker import Head, HeadShape, mlp
+
+
+class LowRankCross(nn.Module):
+    """One cross layer: x0 * (U V x + b) + x."""
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, rank, bias=False)
+        self.up = nn.Linear(rank, width)
+
+    def forward(self, x0_BX: Tensor, x_BX: Tensor) -> Tensor:  # noqa: N803
+        """(B, X) -> (B, X)."""
+        return torch.addcmul(x_BX, x0_BX, self.up(self.down(x_BX)))
+
+
+class DCNHead(Head):
+    """Cross network and MLP side by side, joined by a linear layer."""
+
+    def __init__(self, config: ModelConfig, shape: HeadShape) -> None:
+        super().__init__()
+        width = shape.num_dense + shape.total_dim
+        rank = min(config.cross_rank, width)
+        self.crosses = nn.ModuleList(LowRankCross(width, rank) for _ in range(config.cross_layers))
+        self.deep = mlp([width, *config.top_mlp], config.dropout)
+        self.out = nn.Linear(width + (config.top_mlp[-1] if config.top_mlp else width), shape.num_tasks)
+
+    def forward(self, dense_BI: Tensor, pooled_BD: Tensor) -> Tensor:  # noqa: N803
+        """Logits (B, T)."""
+        x0_BX = torch.cat([dense_BI, pooled_BD], dim=1)
+        x_BX = x0_BX
+        for cross in self.crosses:
+            x_BX = cross(x0_BX, x_BX)
+        return self.out(torch.cat([x_BX, self.deep(x0_BX)], dim=1))
