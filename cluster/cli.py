@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import click
 
-from cluster.output import Progress, duration, emit
+from cluster.output import Progress, duration, emit, size
 from trainer.errors import SlimrankError
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -149,6 +151,154 @@ def train(
     emit(result, as_json, [f"best checkpoint: {result['checkpoint']}", *metric_lines(result["val"], "val")])
     if not as_json:
         emit({}, False, metric_lines(result["test"], "test"))
+
+
+@main.command()
+@click.option("--model", type=FOLDER, required=True, help="A checkpoint (or a training run's folder), or an artifact.")
+@click.option("--data", "data_dir", type=FOLDER, required=True, help="What 'data prepare' wrote.")
+@click.option("--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True)
+@common
+def evaluate(model: Path, data_dir: Path, split: Any, as_json: bool, address: str | None, debug: bool) -> None:  # noqa: ARG001
+    """Quality of a checkpoint or an artifact on a prepared split, through the real lookup."""
+    from cluster.session import quiet
+    from compress.evaluate import evaluate as run_evaluation
+    from compress.evaluate import open_model
+    from trainer.data.dataset import open_dataset
+
+    if not debug:
+        quiet()
+    dataset = open_dataset(data_dir)
+    result = run_evaluation(open_model(model, dataset), dataset, split)
+    emit(result, as_json, [f"{result['rows']:,} rows", *metric_lines(result, split)])
+
+
+@main.command()
+@click.option("--checkpoint", type=FOLDER, required=True, help="A checkpoint, or a training run's folder.")
+@click.option("--data", "data_dir", type=FOLDER, required=True, help="What the checkpoint was trained on.")
+@click.option("--plan", "plan_file", type=FILE, help="What to do to each table; every row in INT8 by default.")
+@click.option(
+    "--split", type=click.Choice(["val", "test"]), default="test", show_default=True, help="Where to compare."
+)
+@click.option("--out", type=FOLDER, required=True, help="Folder to write the artifact to.")
+@common
+def compress(
+    checkpoint: Path,
+    data_dir: Path,
+    plan_file: Path | None,
+    split: Any,
+    out: Path,
+    as_json: bool,
+    address: str | None,  # noqa: ARG001
+    debug: bool,
+) -> None:
+    """Checkpoint + plan -> artifact, compared with the checkpoint it came from."""
+    from cluster.session import quiet
+    from compress.pipeline import compress_checkpoint
+
+    if not debug:
+        quiet()
+    result = compress_checkpoint(checkpoint, data_dir, plan_file, out, split, Progress().step)
+    emit(result, as_json, [result["artifact"], *size_lines(result), f"delta AUC {result['delta_auc']:+.5f}"])
+
+
+@main.command()
+@click.option("--checkpoint", type=FOLDER, required=True, help="A checkpoint, or a training run's folder.")
+@click.option("--data", "data_dir", type=FOLDER, required=True, help="What the checkpoint was trained on.")
+@click.option(
+    "--max-delta-ne", type=click.FloatRange(min=0, min_open=True), help="Budget; .001 is a tenth of a percent."
+)
+@click.option("--trials", type=click.IntRange(min=1), help="Plans to try.")
+@click.option("--resume", is_flag=True, help="Go on with the search in --out.")
+@click.option("--out", type=FOLDER, required=True, help="Folder for trials, front and artifact.")
+@common
+def tune(
+    checkpoint: Path,
+    data_dir: Path,
+    max_delta_ne: float | None,
+    trials: int | None,
+    resume: bool,
+    out: Path,
+    as_json: bool,
+    address: str | None,
+    debug: bool,
+) -> None:
+    """Search with Ray Tune for the smallest tables that hold the NE budget."""
+    from cluster.runs import search_config
+    from cluster.session import ray_session
+    from cluster.tables import front_table
+
+    search = search_config(checkpoint, max_delta_ne, trials)
+    with ray_session(address, debug=debug):
+        from compress.search.ray_tune import tune as run_search
+
+        result = run_search(checkpoint, data_dir, out, search, resume=resume, progress=Progress().step)
+    emit(result, as_json, front_table(result))
+
+
+@main.command()
+@click.option("--artifact", type=FOLDER, required=True, help="What 'compress' or 'tune' wrote.")
+@click.option("--config", type=FILE, help="YAML with serving options (a run's serve section, or these alone).")
+@click.option("--host", help="Address to listen on; loopback by default.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Port to listen on; 8000 by default.")
+@common
+def serve(
+    artifact: Path,
+    config: Path | None,
+    host: str | None,
+    port: int | None,
+    as_json: bool,
+    address: str | None,
+    debug: bool,
+) -> None:
+    """Serve an artifact over HTTP with Ray Serve until Ctrl-C."""
+    from cluster.runs import serve_config
+    from cluster.session import ray_session
+    from compress.artifact import load_artifact
+
+    options = serve_config(artifact, config, host, port)
+    version = load_artifact(artifact).version
+    with ray_session(address, debug=debug):
+        from serve.app import start, stop
+
+        url = start(artifact, options)
+        emit({"url": url, "version": version}, as_json, [f"serving {version} at {url}", f"try it: {url}/docs"])
+        try:
+            wait_for_signal()
+        finally:
+            stop()
+
+
+@main.command()
+@click.option("--artifact", type=FOLDER, required=True, help="What 'compress' or 'tune' wrote.")
+@click.option("--request", "request_file", type=FILE, required=True, help="The body of POST /v1/rank, as a file.")
+@common
+def rank(artifact: Path, request_file: Path, as_json: bool, address: str | None, debug: bool) -> None:  # noqa: ARG001
+    """Rank offline: the answer the server would give."""
+    from cluster.session import quiet
+    from cluster.tables import ranked_table
+    from serve.offline import rank_file
+
+    if not debug:
+        quiet()
+    result = rank_file(artifact, request_file)
+    emit(result, as_json, ranked_table(result))
+
+
+def wait_for_signal() -> None:
+    """Block until Ctrl-C or a request to terminate."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    while True:
+        time.sleep(3600)
+
+
+def size_lines(result: dict[str, Any]) -> list[str]:
+    """Sizes of an artifact, and what they cost in NE."""
+    share = result["table_bytes"] / result["table_bytes_fp32"]
+    return [
+        f"tables {size(result['table_bytes'])} of {size(result['table_bytes_fp32'])} in fp32 ({share:.1%}), "
+        f"whole artifact {size(result['artifact_bytes'])}",
+        f"delta NE {result['delta_ne']:+.5%} (95% bound {result['delta_ne_upper']:+.5%})",
+    ]
 
 
 def metric_lines(metrics: dict[str, Any], label: str) -> list[str]:

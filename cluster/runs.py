@@ -3,8 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, TypeVar
 
-from trainer.config import RunConfig, load_run
+from pydantic import BaseModel, ValidationError
+
+from compress.config import CompressionPlan, SearchConfig
+from serve.config import ServeConfig
+from trainer.config import RunConfig, describe, load_run, load_yaml
+from trainer.errors import ConfigError
+
+Section = TypeVar("Section", bound=BaseModel)
+
+
+def section(kind: type[Section], content: dict[str, Any], where: str) -> Section:
+    """One section as the package that owns it understands it. Raises: ConfigError naming file and key."""
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(describe(error, where)) from None
 
 
 def load(path: Path, input_override: str | None = None) -> RunConfig:
@@ -12,7 +28,11 @@ def load(path: Path, input_override: str | None = None) -> RunConfig:
 
     Raises: ConfigError naming the file, the key and the rule.
     """
-    return load_run(path, input_override)
+    run = load_run(path, input_override)
+    section(CompressionPlan, run.compress, f"{path}: compress")
+    section(SearchConfig, run.tune, f"{path}: tune")
+    section(ServeConfig, run.serve, f"{path}: serve")
+    return run
 
 
 def with_workers(run: RunConfig, workers: int | None) -> RunConfig:
@@ -20,3 +40,25 @@ def with_workers(run: RunConfig, workers: int | None) -> RunConfig:
     if workers is None:
         return run
     return run.model_copy(update={"train": run.train.model_copy(update={"workers": workers})})
+
+
+def search_config(checkpoint: Path, max_delta_ne: float | None, trials: int | None) -> SearchConfig:
+    """The search a checkpoint's run asks for, with what the command line changes."""
+    from trainer.checkpoint import open_checkpoint
+
+    asked = dict(open_checkpoint(checkpoint, verify=False).run.tune)
+    asked |= {k: v for k, v in (("max_delta_ne", max_delta_ne), ("trials", trials)) if v is not None}
+    return section(SearchConfig, asked, "tune")
+
+
+def serve_config(artifact: Path, config: Path | None, host: str | None, port: int | None) -> ServeConfig:
+    """The artifact's own serving options, or a YAML's, with what the command line changes."""
+    from compress.artifact import read_manifest
+
+    if config is None:
+        asked, where = dict(read_manifest(artifact)["run"].get("serve", {})), f"{artifact}: serve"
+    else:
+        content = load_yaml(config)
+        asked, where = dict(content.get("serve", {}) if "data" in content else content), str(config)
+    asked |= {k: v for k, v in (("host", host), ("port", port)) if v is not None}
+    return section(ServeConfig, asked, where)

@@ -36,7 +36,7 @@ from trainer.data.reader import Reader
 from trainer.errors import ConfigError, DataError, SlimrankError
 from trainer.files import check_new, write_json
 from trainer.metrics import mean_ne, task_metrics
-from trainer.models import build_ranker
+from trainer.models import Ranker, build_ranker
 from trainer.optimizer import build_optimizer, fuse_table_optimizer
 from trainer.ray_progress import Teller, watched
 from trainer.sharding import describe_plan, make_plan, sharders
@@ -100,6 +100,7 @@ def build_worker(run: RunConfig, dataset: Dataset, teller: Teller) -> Worker:
     device = ray.train.torch.get_device()
     torch.manual_seed(run.train.seed)
     model = build_ranker(run.model, dataset.transform)
+    start_at_base_rate(model, dataset)
     model.head.to(device)
     fuse_table_optimizer(model.embeddings, run.train)
     plan = make_plan(
@@ -108,7 +109,7 @@ def build_worker(run: RunConfig, dataset: Dataset, teller: Teller) -> Worker:
         device,
         world_size=world_size,
         local_world_size=context.get_local_world_size(),
-        batch_size=run.train.batch_size,
+        batch_size=run.train.batch_rows(dataset.rows("train")),
     )
     sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders())
     optimizer = build_optimizer(sharded, run.train)
@@ -117,6 +118,14 @@ def build_worker(run: RunConfig, dataset: Dataset, teller: Teller) -> Worker:
     init_tables(worker)
     torch.manual_seed(run.train.seed + 1 + rank)  # dropout differs between ranks, weights do not
     return worker
+
+
+def start_at_base_rate(model: Ranker, dataset: Dataset) -> None:
+    """Set each task's output bias to the log-odds of its rate in the training split."""
+    rows = dataset.rows("train")
+    rates = torch.tensor([positives / rows for positives in dataset.positives["train"]])
+    with torch.no_grad():
+        model.head.out.bias.copy_(torch.logit(rates))
 
 
 def init_tables(worker: Worker) -> None:
@@ -164,7 +173,7 @@ def run_epochs(worker: Worker, position: Position) -> dict[str, Any]:
     reader = Reader(
         worker.dataset,
         "train",
-        train.batch_size,
+        train.batch_rows(worker.dataset.rows("train")),
         rank=worker.rank,
         world_size=worker.world_size,
         seed=train.seed,

@@ -109,11 +109,11 @@ def write_synthetic(
             "attainable_log_loss": float(row_losses(truth, scores).mean()),
         }
         write_json(staging / "synthetic.json", known)
-        (staging / "run.yaml").write_text(yaml.safe_dump(run_yaml(rows), sort_keys=False), encoding="utf-8")
+        (staging / "run.yaml").write_text(yaml.safe_dump(run_yaml(), sort_keys=False), encoding="utf-8")
     return {"path": str(Path(out).absolute()), **known}
 
 
-def run_yaml(rows: int) -> dict[str, object]:
+def run_yaml() -> dict[str, object]:
     """A run that fits the log."""
     numbers = [{"name": f"I{i + 1}", "kind": "numeric", "transform": "log1p"} for i in range(NUMBERS)]
     fields = [{"name": f"C{f + 1}", "kind": "categorical"} for f in range(FIELDS)]
@@ -126,5 +126,4 @@ def run_yaml(rows: int) -> dict[str, object]:
             "features": numbers + fields,
         },
         "model": {"arch": "dcn", "embedding_dim": 16},
-        "train": {"batch_size": 1024 if rows < 1_000_000 else 4096},
     }

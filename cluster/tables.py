@@ -1,0 +1,63 @@
+"""Results as tables that fit a narrow terminal."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from cluster.output import size
+
+
+def render(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table, numbers to the right; as wide as the terminal at most."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for index, name in enumerate(head):
+        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    text = io.StringIO()
+    Console(file=text, width=shutil.get_terminal_size((100, 24)).columns, color_system=None).print(table)
+    return [line.rstrip() for line in text.getvalue().splitlines()]
+
+
+def front_table(result: dict[str, Any]) -> list[str]:
+    """The Pareto front of a search, its choice and its gate."""
+    fp32 = result["table_bytes_fp32"]
+    rows = [
+        [
+            ("> " if index == result["chosen"] else "  ") + size(point["table_bytes"]),
+            f"{point['table_bytes'] / fp32:.1%}",
+            f"{point['delta_ne']:+.4%}",
+            f"{point['delta_ne_upper']:+.4%}",
+            f"{point['delta_auc']:+.5f}",
+        ]
+        for index, point in enumerate(result["front"])
+    ]
+    gate = result["gate"]
+    lines = render("Pareto front", ["tables", "of fp32", "delta NE", "95% bound", "delta AUC"], rows)
+    word = "passed" if gate["passed"] else "NOT passed"
+    bound = f"delta NE {gate['delta_ne']:+.4%}, bound {gate['delta_ne_upper']:+.4%}, budget {gate['budget']:.4%}"
+    lines.append(f"gate {word} on {gate['rows']:,} rows the search never saw: {bound}")
+    if not gate["passed"]:
+        need = gate["rows_to_resolve"]
+        if need > gate["rows"]:
+            lines.append(f"the data cannot resolve this budget: about {need:,} rows would")
+        else:
+            lines.append("no plan tried holds this budget: allow more bits (tune.bits) or a larger --max-delta-ne")
+    lines.append(f"{result['trials']} trials; artifact: {result['artifact']}")
+    return lines
+
+
+def ranked_table(result: dict[str, Any]) -> list[str]:
+    """An answer: rank, score, title or id."""
+    rows = [[str(item.get("title") or item["id"]), str(item["id"]), f"{item['score']:.4f}"] for item in result["items"]]
+    lines = render(f"version {result['version']}, {result['ms']:.2f} ms", ["item", "id", "score"], rows)
+    if result.get("ignored"):
+        lines.append(f"ignored, no feature reads them: {', '.join(result['ignored'])}")
+    return lines

@@ -1,0 +1,140 @@
+"""The one scoring path: trials, evaluation, golden requests and serving all come through here.
+
+Legend: B batch, T tasks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from compress.lookup import Lookup, PackedTable, table_offsets, table_view
+from compress.methods.codec import quantize_rows
+from trainer.checkpoint import Checkpoint
+from trainer.config import RunConfig
+from trainer.data.batch import Batch, to_batch
+from trainer.data.dataset import Dataset, SplitName
+from trainer.data.encoded import Encoded, Ragged
+from trainer.data.reader import Reader
+from trainer.data.transform import RESERVED_ROWS, IdMap, Transform
+from trainer.errors import DataError
+from trainer.models import build_head, pooling_of
+
+SCORE_ROWS = 4096  # rows scored at a time
+
+
+@dataclass
+class CompressedModel:
+    """Tables behind a lookup, and a head: what scores. Its transform's ids are rows of its own tables."""
+
+    transform: Transform
+    lookup: Lookup
+    head: nn.Module
+    version: str
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks, in the order of the logits."""
+        return [t.name for t in self.transform.schema.tasks]
+
+    @torch.inference_mode()
+    def logits(self, batch: Batch) -> np.ndarray:
+        """Log-odds (B, T) float32."""
+        return self.head(batch.dense, self.lookup(batch.sparse)).numpy()
+
+    @torch.inference_mode()
+    def oracle_logits(self, batch: Batch) -> np.ndarray:
+        """The same from the plain-torch lookup."""
+        return self.head(batch.dense, self.lookup.oracle(batch.sparse)).numpy()
+
+    def score_encoded(self, encoded: Encoded) -> np.ndarray:
+        """Log-odds (N, T) of encoded rows, SCORE_ROWS at a time."""
+        parts = [
+            self.logits(to_batch(encoded.take(np.arange(at, min(at + SCORE_ROWS, len(encoded))))))
+            for at in range(0, len(encoded), SCORE_ROWS)
+        ]
+        return np.concatenate(parts)
+
+
+def build_model(
+    run: RunConfig,
+    transform: Transform,
+    tables: list[PackedTable],
+    block: torch.Tensor,
+    dense: dict[str, torch.Tensor],
+    version: str,
+) -> CompressedModel:
+    """Put tables and dense weights together. `transform` maps ids to the rows of `tables`."""
+    mean = {name for name in transform.sparse if pooling_of(transform, name) == "mean"}
+    head = build_head(run.model, transform)
+    head.load_state_dict(dense)
+    head.eval()
+    return CompressedModel(transform, Lookup(tables, list(transform.sparse), mean, block), head, version)
+
+
+def model_of_checkpoint(checkpoint: Checkpoint, transform: Transform) -> CompressedModel:
+    """The uncompressed model: fp32 rows, all of them, through the same lookup and head. Holds the tables in memory."""
+    tables = [PackedTable(t.name, t.num_embeddings, t.embedding_dim, 32, t.features) for t in transform.tables.values()]
+    block = torch.zeros(table_offsets(tables)[1], dtype=torch.uint8)
+    for index, table in enumerate(tables):
+        view = table_view(block, tables, index)
+        for first, rows in checkpoint.table_chunks(table.name):
+            view[first : first + len(rows)] = quantize_rows(rows, 32)
+    return build_model(checkpoint.run, transform, tables, block, checkpoint.dense_state(), checkpoint.version)
+
+
+def translation(trained: IdMap, own: IdMap, num_embeddings: int) -> np.ndarray:
+    """For each training row (num_embeddings,) the row of a model whose ids go through `own`."""
+    if trained.keys is None:
+        return np.arange(num_embeddings) if own.remap is None else own.remap.astype(np.int64)
+    reserved = [own.row(row) for row in range(RESERVED_ROWS)]
+    return np.concatenate([np.asarray(reserved, dtype=np.int64), own.rows(np.asarray(trained.keys))])
+
+
+def score_split(model: CompressedModel, dataset: Dataset, split: SplitName) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and log-odds (N, T) of a prepared split.
+
+    Raises: DataError when the data was not encoded by the transform the model was trained with.
+    """
+    check_same_transform(model.transform, dataset)
+    row_maps = _row_maps(model, dataset)
+    labels, logits = [], []
+    for rows, _ in Reader(dataset, split, SCORE_ROWS).slices():
+        labels.append(rows.labels)
+        logits.append(model.logits(to_batch(_translate(row_maps, dataset, rows.encoded))))
+    return np.concatenate(labels), np.concatenate(logits)
+
+
+def translate_rows(model: CompressedModel, dataset: Dataset, encoded: Encoded) -> Encoded:
+    """Prepared rows with their training rows turned into the model's."""
+    return _translate(_row_maps(model, dataset), dataset, encoded)
+
+
+def _row_maps(model: CompressedModel, dataset: Dataset) -> dict[str, np.ndarray]:
+    return {
+        name: translation(dataset.transform.id_maps[name], model.transform.id_maps[name], table.num_embeddings)
+        for name, table in dataset.transform.tables.items()
+    }
+
+
+def _translate(row_maps: dict[str, np.ndarray], dataset: Dataset, encoded: Encoded) -> Encoded:
+    sparse = {
+        name: Ragged(row_maps[dataset.transform.table_of(name).name][r.values], r.lengths)
+        for name, r in encoded.sparse.items()
+    }
+    return Encoded(sparse, encoded.dense)
+
+
+def check_same_transform(transform: Transform, dataset: Dataset) -> None:
+    """Raises: DataError unless numbers and features are encoded alike."""
+    other = dataset.transform
+    same = (
+        [f.model_dump() for f in transform.schema.features] == [f.model_dump() for f in other.schema.features]
+        and [t.model_dump() for t in transform.schema.tasks] == [t.model_dump() for t in other.schema.tasks]
+        and transform.numerics == other.numerics
+    )
+    if not same:
+        raise DataError(f"{dataset.folder}: not the prepared data this model was trained on: give that one to --data")
