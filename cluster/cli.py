@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -284,9 +283,33 @@ def rank(artifact: Path, request_file: Path, as_json: bool, address: str | None,
     emit(result, as_json, ranked_table(result))
 
 
+@main.command()
+@click.option("--out", type=FOLDER, help="Folder for everything it writes; a new one under runs/ by default.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Port to serve on; 8000 by default.")
+@click.option("--keep", is_flag=True, help="Leave the server up until Ctrl-C.")
+@common
+def demo(
+    out: Path | None,
+    port: int | None,
+    keep: bool,
+    as_json: bool,
+    address: str | None,  # noqa: ARG001
+    debug: bool,
+) -> None:
+    """The whole loop on a real log: fetch, prepare, train, tune, serve, ask."""
+    from cluster.demo import run_demo
+    from serve.app import check_port
+
+    check_port("127.0.0.1", port or 8000)
+    folder = out or Path("runs") / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
+    result = run_demo(
+        folder, port, wait_for_signal if keep else None, lambda text: click.echo(text, err=as_json), debug
+    )
+    emit(result, as_json, [])
+
+
 def wait_for_signal() -> None:
     """Block until Ctrl-C or a request to terminate."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     while True:
         time.sleep(3600)
 

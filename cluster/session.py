@@ -8,6 +8,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
+import sys
+import threading
 import warnings
 from collections.abc import Iterator
 
@@ -23,6 +26,8 @@ QUIET = {
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "TORCH_LOGS": "-torch.fx",
 }
 
 
@@ -33,8 +38,8 @@ def ray_session(address: str | None = None, *, debug: bool = False) -> Iterator[
     Without an address: the cluster named by RAY_ADDRESS (set inside a submitted job), else a local Ray of our own.
     Raises: ConfigError when there is no cluster at the address.
     """
-    for key, value in QUIET.items():
-        os.environ.setdefault(key, value)
+    if not debug:
+        quiet()
     import ray
 
     if ray.is_initialized():
@@ -42,8 +47,6 @@ def ray_session(address: str | None = None, *, debug: bool = False) -> Iterator[
         return
     where = address or os.environ.get("RAY_ADDRESS") or "local"
     level = logging.INFO if debug else logging.ERROR
-    if not debug:
-        quiet()
     try:
         ray.init(
             address=where,
@@ -53,6 +56,9 @@ def ray_session(address: str | None = None, *, debug: bool = False) -> Iterator[
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(f"no Ray cluster at {where}: {str(error).splitlines()[0]}: check --address") from None
+    # a request to terminate unwinds like Ctrl-C, so that what was started is stopped (Ray's own handler aborts)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         yield
     finally:
@@ -61,7 +67,10 @@ def ray_session(address: str | None = None, *, debug: bool = False) -> Iterator[
 
 def quiet() -> None:
     """Keep the libraries' notes off the user's terminal."""
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
     warnings.filterwarnings("ignore")
-    for name in ("ray", "ray.data", "ray.train", "ray.tune", "ray.serve", "torchrec", "fbgemm_gpu", "torch"):
+    libraries = ("ray", "ray.data", "ray.train", "ray.tune", "ray.serve", "torchrec", "fbgemm_gpu", "torch")
+    for name in libraries:
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger().setLevel(logging.ERROR)

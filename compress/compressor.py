@@ -5,7 +5,7 @@ Legend: N training rows, K kept rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from trainer.data.dataset import Dataset
 from trainer.data.transform import IdMap, write_arrow
 from trainer.errors import DataError
 from trainer.files import new_directory, write_json
+from trainer.progress import ReportProgress
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def pack_tables(
     id_maps: Mapping[str, IdMap],
     profiles: Mapping[str, TableProfile],
     resolved: Mapping[str, ResolvedTable],
-    progress: Callable[[str, int, int], None],
+    progress: ReportProgress,
 ) -> None:
     """Write tables.bin a chunk of rows at a time; memory is one chunk and one rank array."""
     tables = [r.table for r in resolved.values()]
@@ -113,7 +114,7 @@ def compress(
     plan: CompressionPlan,
     out: Path,
     profiles: Mapping[str, TableProfile],
-    progress: Callable[[str, int, int], None],
+    progress: ReportProgress,
     metrics: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write the artifact of a plan into the folder `out`, and return its manifest.

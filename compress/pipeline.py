@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from compress.search.profile import profile_tables
 from trainer.checkpoint import open_checkpoint
 from trainer.data.dataset import SplitName, open_dataset
 from trainer.files import check_new
+from trainer.progress import ReportProgress
 
 
 def compress_checkpoint(
@@ -25,7 +25,7 @@ def compress_checkpoint(
     plan_file: Path | None,
     out: Path,
     split: SplitName,
-    progress: Callable[[str, int, int], None],
+    progress: ReportProgress,
 ) -> dict[str, Any]:
     """Write an artifact and compare it with its checkpoint on a split; returns what `compress --json` prints.
 

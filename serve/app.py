@@ -3,8 +3,7 @@
 Requests that wait together are scored together, without waiting for more to come; large ones are scored alone.
 """
 
-from __future__ import annotations
-
+import json
 import logging
 import socket
 import time
@@ -45,6 +44,24 @@ async def _refuse(_request: Request, error: RequestError) -> JSONResponse:
 async def docs() -> HTMLResponse:
     """A page to read the API and try it; it loads nothing from elsewhere."""
     return HTMLResponse((WEB / "docs.html").read_text(encoding="utf-8"))
+
+
+async def read_json(request: Request, limit: int) -> Any:
+    """The decoded body. Raises: RequestError (413 or 400) when it is too large or not JSON."""
+    size = 0
+    parts = []
+    async for part in request.stream():
+        size += len(part)
+        if size > limit:
+            raise RequestError("body", f"larger than {limit:,} bytes", 413)
+        parts.append(part)
+    try:
+        return json.loads(b"".join(parts))
+    except (ValueError, RecursionError):
+        raise RequestError("body", "is not valid JSON", 400) from None
+
+
+# Ray Serve pickles the API when the class below is decorated: all that its routes call stands above it.
 
 
 @serve.deployment
@@ -98,23 +115,6 @@ class RankerApp:
         return answers + self.ranker.rank_many(group)
 
 
-async def read_json(request: Request, limit: int) -> Any:
-    """The decoded body. Raises: RequestError (413 or 400) when it is too large or not JSON."""
-    import json
-
-    size = 0
-    parts = []
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise RequestError("body", f"larger than {limit:,} bytes", 413)
-        parts.append(part)
-    try:
-        return json.loads(b"".join(parts))
-    except (ValueError, RecursionError):
-        raise RequestError("body", "is not valid JSON", 400) from None
-
-
 def check_port(host: str, port: int) -> None:
     """Raises: SlimrankError when something listens there already."""
     with socket.socket() as probe:
@@ -134,7 +134,7 @@ def start(artifact: Path, config: ServeConfig) -> str:
     """
     check_port(config.host, config.port)
     serve.start(http_options={"host": config.host, "port": config.port}, logging_config={"log_level": "WARNING"})
-    deployment = RankerApp.options(
+    deployment = RankerApp.options(  # type: ignore[attr-defined]
         name="ranker",
         max_ongoing_requests=config.max_ongoing_requests,
         max_queued_requests=config.max_queued_requests,

@@ -14,7 +14,7 @@ import pyarrow as pa
 from compress.artifact import Artifact
 from compress.catalogue import item_transform, join_sides, request_transform
 from serve.errors import RequestError
-from trainer.data.encoded import Encoded, Ragged
+from trainer.data.encoded import Encoded, concatenate
 from trainer.data.schema import MultiFeature, NumericFeature
 from trainer.data.transform import Transform, hash_ids
 from trainer.errors import DataError
@@ -47,7 +47,7 @@ class FeatureReader:
             raise RequestError("candidates", "this model has no item catalogue: give objects of raw columns, not ids")
         own = encode(self.of_request, {c: [v] for c, v in values.items()}, self.specs, "user")
         return join_sides(
-            self.whole, [(self.of_request, repeat(own, len(candidates))), self._items(candidates)]
+            self.whole, [(self.of_request, own.repeat(len(candidates))), self._items(candidates)]
         ), ignored
 
     def _items(self, ids: Sequence[str | int]) -> tuple[Transform, Encoded]:
@@ -142,19 +142,7 @@ def _text(value: Any) -> str | None:
     return str(value)
 
 
-def repeat(encoded: Encoded, times: int) -> Encoded:
-    """One encoded row beside each of K candidates."""
-    return Encoded({k: v.repeat(times) for k, v in encoded.sparse.items()}, np.repeat(encoded.dense, times, axis=0))
-
-
 def choose(first: np.ndarray, yes: Encoded, no: Encoded) -> Encoded:
     """Row by row from one of two encodings of the same features."""
     rows = np.arange(len(first))
-    both = {name: _stack(yes.sparse[name], no.sparse[name]) for name in yes.sparse}
-    dense = np.concatenate([yes.dense, no.dense])
-    return Encoded(both, dense).take(np.where(first, rows, rows + len(first)))
-
-
-def _stack(a: Ragged, b: Ragged) -> Ragged:
-    lengths = None if a.lengths is None or b.lengths is None else np.concatenate([a.lengths, b.lengths])
-    return Ragged(np.concatenate([a.values, b.values]), lengths)
+    return concatenate([yes, no]).take(np.where(first, rows, rows + len(first)))

@@ -16,7 +16,7 @@ from serve.errors import RequestError
 from serve.features import FeatureReader
 from serve.request import RankedItem, RankRequest, RankResponse
 from trainer.data.batch import to_batch
-from trainer.data.encoded import Encoded, Ragged
+from trainer.data.encoded import Encoded, concatenate
 from trainer.metrics import sigmoid
 
 
@@ -44,7 +44,7 @@ class Ranker:
             except RequestError as error:
                 read.append(error)
         parts = [r[0] for r in read if not isinstance(r, RequestError)]
-        logits = self.artifact.model.logits(to_batch(stack(parts))) if parts else np.zeros((0, 1))
+        logits = self.artifact.model.logits(to_batch(concatenate(parts))) if parts else np.zeros((0, 1))
         answers: list[RankResponse | RequestError] = []
         at = 0
         for request, entry in zip(requests, read, strict=True):
@@ -72,16 +72,3 @@ class Ranker:
             ms=round(ms, 3),
             ignored=ignored or None,
         )
-
-
-def stack(parts: Sequence[Encoded]) -> Encoded:
-    """Encoded rows of several requests, one after another."""
-    if len(parts) == 1:
-        return parts[0]
-    sparse = {}
-    for name in parts[0].sparse:
-        ragged = [p.sparse[name] for p in parts]
-        lengths = [r.lengths for r in ragged]
-        joined = None if lengths[0] is None else np.concatenate([x for x in lengths if x is not None])
-        sparse[name] = Ragged(np.concatenate([r.values for r in ragged]), joined)
-    return Encoded(sparse, np.concatenate([p.dense for p in parts]))

@@ -38,7 +38,7 @@ class Board:
 @contextlib.contextmanager
 def watched(show: Callable[[dict[str, Any], list[str]], None]) -> Iterator[Any]:
     """A board for remote work to tell; `show` is called here with what it told until the block ends."""
-    board = Board.remote()
+    board = Board.remote()  # type: ignore[attr-defined]
     done = threading.Event()
     seen = 0
 

@@ -135,7 +135,7 @@ def init_tables(worker: Worker) -> None:
     for key, value in training_state(worker.model, worker.optimizer).items():
         if key.startswith("tables/") and key.endswith("/weight"):
             generator = torch.Generator().manual_seed(worker.run.train.seed * 1000 + tables.index(key.split("/")[1]))
-            for shard in value.local_shards():  # type: ignore[union-attr]
+            for shard in value.local_shards():
                 rows = torch.empty(shard.tensor.shape).uniform_(-bound, bound, generator=generator)
                 shard.tensor.copy_(rows)
 

@@ -94,5 +94,5 @@ def describe_plan(plan: ShardingPlan) -> dict[str, dict[str, object]]:
     return {
         name: {"sharding_type": p.sharding_type, "ranks": p.ranks}
         for module in plan.plan.values()
-        for name, p in module.items()  # type: ignore[attr-defined]
+        for name, p in module.items()
     }

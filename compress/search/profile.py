@@ -8,7 +8,6 @@ Legend: N rows, D embedding dim, E bucket edges (E - 1 buckets).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +19,7 @@ from compress.methods.prune import bucket_edges, cut_for_coverage, cut_for_share
 from trainer.checkpoint import Checkpoint
 from trainer.data.dataset import Dataset
 from trainer.data.transform import IdMap, TableInfo
+from trainer.progress import ReportProgress
 
 UNSEEN_WEIGHT = 1e-6  # of a row without lookups in a centroid, so that a bucket of such rows has a mean
 
@@ -65,9 +65,7 @@ class TableProfile:
         return (self.sums[bucket:].sum(0) / self.weights[bucket:].sum()).astype(np.float32)
 
 
-def profile_tables(
-    checkpoint: Checkpoint, dataset: Dataset, progress: Callable[[str, int, int], None]
-) -> dict[str, TableProfile]:
+def profile_tables(checkpoint: Checkpoint, dataset: Dataset, progress: ReportProgress) -> dict[str, TableProfile]:
     """Profile every table of a checkpoint, a chunk of rows at a time."""
     tables = dataset.transform.tables
     profiles = {}

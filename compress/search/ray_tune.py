@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from trainer.data.dataset import Dataset, open_dataset
 from trainer.data.reader import Rows, read_split
 from trainer.errors import DataError, SlimrankError
 from trainer.files import check_new, write_json, write_text
+from trainer.progress import ReportProgress
 from trainer.ray_train import quiet_libraries
 
 SAME_SCORES = 1e-4  # log-odds: an artifact and its trial differ by the order of fp32 sums at most
@@ -95,7 +96,7 @@ class Trial(ray.tune.Trainable):
 class Recorder(ray.tune.Callback):
     """Writes each trial down as it finishes, and shows how far the search has come."""
 
-    def __init__(self, path: Path, total: int, done: int, progress: Callable[[str, int, int], None]) -> None:
+    def __init__(self, path: Path, total: int, done: int, progress: ReportProgress) -> None:
         self.path = path
         self.total = total
         self.done = done
@@ -133,7 +134,7 @@ def tune(
     search: SearchConfig,
     *,
     resume: bool,
-    progress: Callable[[str, int, int], None],
+    progress: ReportProgress,
 ) -> dict[str, Any]:
     """Search for the smallest plan that holds the NE budget, and write its artifact; Ray must be connected.
 
@@ -185,7 +186,7 @@ def tune(
 
 
 def run_trials(
-    shared: Shared, wanted: list[CompressionPlan], out: Path, progress: Callable[[str, int, int], None]
+    shared: Shared, wanted: list[CompressionPlan], out: Path, progress: ReportProgress
 ) -> list[dict[str, Any]]:
     """Run the plans that trials.jsonl does not hold yet, in parallel, and return all results."""
     path = out / "trials.jsonl"

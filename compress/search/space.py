@@ -19,7 +19,7 @@ def packable(dim: int, bits: Bits) -> Bits:
             row_bytes(dim, more)
         except PlanError:
             continue
-        return more  # type: ignore[return-value]
+        return more
     return 32
 
 

@@ -80,7 +80,7 @@ def open_dataset(folder: Path) -> Dataset:
     try:
         manifest = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
         version = manifest["format_version"]
-        files = {
+        files: dict[str, list[PartFile]] = {
             split: [PartFile(str(folder / f["path"]), tuple(f["row_groups"])) for f in manifest["files"][split]]
             for split in SPLITS
         }

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,22 +26,17 @@ import ray.data
 
 from trainer.config import RunConfig
 from trainer.data.dataset import DENSE, FORMAT_VERSION, GROUP, LABELS, SPLITS, sparse_column
-from trainer.data.encoded import Encoded
+from trainer.data.encoded import Encoded, to_column
 from trainer.data.fit import FitStats, fit_transform, observe, sum_counts
 from trainer.data.log import Fragment, csv_to_parquet, find_files, fragments_of
 from trainer.data.schema import DataConfig, comparison, parse_comparison
 from trainer.data.transform import OOV_ROW, Transform, as_numbers, as_text, flat, hash_ids, write_arrow
 from trainer.errors import DataError, SlimrankError
 from trainer.files import new_directory, write_json
+from trainer.progress import ReportProgress
 
 ROW_GROUP_ROWS = 65_536
 SAMPLE_ROWS = 256
-
-
-class Progress(Protocol):
-    """Reports long work: `step` of `total` units named `what`."""
-
-    def __call__(self, what: str, step: int, total: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +49,7 @@ class Splitter:
     def assign(self, raw: pa.Table, fragment: Fragment) -> np.ndarray:
         """Split index (N,) int8: 0 train, 1 val, 2 test. Raises: DataError for a word that names no split."""
         if fragment.split is not None:
-            return np.full(len(raw), SPLITS.index(fragment.split), dtype=np.int8)  # type: ignore[arg-type]
+            return np.full(len(raw), SPLITS.index(fragment.split), dtype=np.int8)
         if self.data.split.column is not None:
             name = self.data.split.column
             words = as_text(flat(raw[name]), name)
@@ -164,11 +159,7 @@ def _write_rows(fragment: Fragment, splitter: Splitter, transform: Transform, fo
 def _prepared_table(encoded: Encoded, labels: np.ndarray, groups: np.ndarray | None) -> pa.Table:
     columns: dict[str, pa.Array] = {}
     for name, ragged in encoded.sparse.items():
-        values = pa.array(ragged.values.astype(np.int32))
-        if ragged.lengths is not None:
-            offsets = np.concatenate(([0], np.cumsum(ragged.lengths))).astype(np.int32)
-            values = pa.ListArray.from_arrays(pa.array(offsets), values)
-        columns[sparse_column(name)] = values
+        columns[sparse_column(name)] = to_column(ragged)
     if encoded.dense.shape[1]:
         columns[DENSE] = pa.FixedSizeListArray.from_arrays(pa.array(encoded.dense.ravel()), encoded.dense.shape[1])
     columns[LABELS] = pa.FixedSizeListArray.from_arrays(pa.array(labels.ravel()), labels.shape[1])
@@ -210,7 +201,7 @@ def _last_seen(items: pa.Table) -> pa.Table:
 # -- the shell -------------------------------------------------------------------------------------------------------
 
 
-def prepare(run: RunConfig, out: Path, progress: Progress) -> dict[str, Any]:
+def prepare(run: RunConfig, out: Path, progress: ReportProgress) -> dict[str, Any]:
     """Prepare a run's log into the folder `out`; Ray must be connected.
 
     Returns the rows of each split and the tables, as `slimrank data prepare --json` prints them.
@@ -249,17 +240,17 @@ def prepare(run: RunConfig, out: Path, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _as_parquet(files: list, data: DataConfig, staging: Path, progress: Progress) -> list:
+def _as_parquet(files: list, data: DataConfig, staging: Path, progress: ReportProgress) -> list:
     csv = [(i, f) for i, f in enumerate(files) if f.is_csv]
     if not csv:
         return files
     targets = {i: str(staging / f".csv-{i:05d}.parquet") for i, _ in csv}
     jobs = [(f.path, targets[i]) for i, f in csv]
-    _map(lambda job: csv_to_parquet(*job, data=data), jobs, "read csv", progress)
+    _map(lambda job: csv_to_parquet(job[0], job[1], data), jobs, "read csv", progress)
     return [type(f)(targets[i], f.split, False) if f.is_csv else f for i, f in enumerate(files)]
 
 
-def _fit_splitter(fragments: Sequence[Fragment], data: DataConfig, progress: Progress) -> Splitter:
+def _fit_splitter(fragments: Sequence[Fragment], data: DataConfig, progress: ReportProgress) -> Splitter:
     first, second = data.split.fractions[0], data.split.fractions[0] + data.split.fractions[1]
     if data.split.by == "timestamp":
         times = np.sort(np.concatenate(_map(partial(_observe_times, data=data), fragments, "times", progress)))
@@ -271,10 +262,10 @@ def _fit_splitter(fragments: Sequence[Fragment], data: DataConfig, progress: Pro
 
 def _finish(parts: list[Written], transform: Transform, data: DataConfig, folder: Path) -> dict[str, Any]:
     """Sum what the fragments gave back, check it, and write counts, catalogue and sample."""
-    files = {split: [f for p in parts for f in p.files[split]] for split in SPLITS}
-    rows = {split: sum(sum(f["row_groups"]) for f in files[split]) for split in SPLITS}
-    positives = {
-        split: [int(x) for x in sum(p.positives.get(split, np.zeros(len(data.tasks))) for p in parts)]
+    files: dict[str, list] = {split: [f for p in parts for f in p.files[split]] for split in SPLITS}
+    rows: dict[str, int] = {split: sum(sum(f["row_groups"]) for f in files[split]) for split in SPLITS}
+    positives: dict[str, list[int]] = {
+        split: [int(x) for x in np.sum([p.positives.get(split, np.zeros(len(data.tasks))) for p in parts], axis=0)]
         for split in SPLITS
     }
     check_splits(rows, positives, data)
@@ -318,7 +309,7 @@ def check_splits(rows: dict[str, int], positives: dict[str, list[int]], data: Da
                 )
 
 
-def _map(function: Callable[[Any], Any], items: Sequence[Any], what: str, progress: Progress) -> list[Any]:
+def _map(function: Callable[[Any], Any], items: Sequence[Any], what: str, progress: ReportProgress) -> list[Any]:
     """Run a function over items with Ray Data, results in the items' order; the first user error ends it.
 
     Results travel pickled between this run's own workers; none of it is stored.

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow.parquet as pq
 
+from trainer.data import encoded
 from trainer.data.batch import Batch, to_batch
 from trainer.data.dataset import DENSE, GROUP, LABELS, Dataset, SplitName, sparse_column
-from trainer.data.encoded import Encoded, Ragged
+from trainer.data.encoded import Encoded, Ragged, from_column
 from trainer.data.transform import OOV_ROW, flat
 
 WINDOW_ROWS = 262_144
@@ -158,14 +159,7 @@ def read_chunk(dataset: Dataset, chunk: Chunk) -> Rows:
     """Read one row group into memory."""
     with pq.ParquetFile(chunk.path) as file:
         table = file.read_row_group(chunk.row_group)
-    sparse = {}
-    for name in dataset.transform.sparse:
-        column = flat(table[sparse_column(name)])
-        if hasattr(column, "offsets"):
-            lengths = np.diff(column.offsets.to_numpy()).astype(np.int32)
-            sparse[name] = Ragged(column.flatten().to_numpy().astype(np.int64), lengths)
-        else:
-            sparse[name] = Ragged(column.to_numpy().astype(np.int64))
+    sparse = {name: from_column(flat(table[sparse_column(name)])) for name in dataset.transform.sparse}
     if DENSE in table.column_names:
         dense = flat(table[DENSE]).flatten().to_numpy().reshape(len(table), -1)
     else:
@@ -179,14 +173,12 @@ def concatenate(parts: list[Rows]) -> Rows:
     """Rows of several parts, in order."""
     if len(parts) == 1:
         return parts[0]
-    sparse = {}
-    for name in parts[0].encoded.sparse:
-        ragged = [p.encoded.sparse[name] for p in parts]
-        lengths = None if ragged[0].lengths is None else np.concatenate([r.lengths for r in ragged])  # type: ignore[misc]
-        sparse[name] = Ragged(np.concatenate([r.values for r in ragged]), lengths)
-    groups = None if parts[0].groups is None else np.concatenate([p.groups for p in parts])  # type: ignore[misc]
-    dense = np.concatenate([p.encoded.dense for p in parts])
-    return Rows(Encoded(sparse, dense), np.concatenate([p.labels for p in parts]), groups)
+    groups = [p.groups for p in parts if p.groups is not None]
+    return Rows(
+        encoded.concatenate([p.encoded for p in parts]),
+        np.concatenate([p.labels for p in parts]),
+        np.concatenate(groups) if groups else None,
+    )
 
 
 def read_split(dataset: Dataset, split: SplitName, limit: int | None = None) -> Rows:

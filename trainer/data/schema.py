@@ -8,13 +8,13 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Side = Literal["user", "item", "context"]
 
-_COMPARISONS: dict[str, Callable[[float, float], bool]] = {
+_COMPARISONS: dict[str, Callable[[Any, float], Any]] = {
     ">=": operator.ge,
     "<=": operator.le,
     "==": operator.eq,
@@ -59,7 +59,7 @@ def parse_comparison(text: str) -> tuple[str, float]:
     return match.group(1), float(match.group(2))
 
 
-def comparison(text: str) -> Callable[[float, float], bool]:
+def comparison(text: str) -> Callable[[Any, float], Any]:
     """The elementwise operator of a rule such as ">= 4"; works on floats and on arrays alike."""
     return _COMPARISONS[parse_comparison(text)[0]]
 

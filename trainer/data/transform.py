@@ -212,7 +212,7 @@ class Transform:
         for name in sorted(self.id_maps):
             keys = self.id_maps[name].keys
             if keys is not None:
-                digest.update(np.ascontiguousarray(keys))
+                digest.update(np.ascontiguousarray(keys).data)
         return digest.hexdigest()[:16]
 
 

@@ -8,8 +8,8 @@ the log.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,7 @@ import yaml
 
 from trainer.files import new_directory, write_json
 from trainer.metrics import auc, row_losses
+from trainer.progress import ReportProgress
 
 NUMBERS = 13
 FIELDS = 26
@@ -80,8 +81,8 @@ def make_chunk(rng: np.random.Generator, rows: int, sizes: tuple[int, ...]) -> t
 
 
 def write_synthetic(
-    out: Path, rows: int, seed: int = 0, max_ids: int | None = None, progress: Callable[[str, int, int], None] = print
-) -> dict[str, object]:
+    out: Path, rows: int, seed: int = 0, max_ids: int | None = None, progress: ReportProgress = print
+) -> dict[str, Any]:
     """Write raw/part-*.parquet, run.yaml and synthetic.json (attainable AUC and log loss of the last tenth) into `out`.
 
     Raises: SlimrankError when `out` holds something already.
@@ -100,7 +101,7 @@ def write_synthetic(
             odds.append(log_odds[tail])
             progress("synth", first + size, rows)
         truth, scores = np.concatenate(labels), np.concatenate(odds)
-        known: dict[str, object] = {
+        known: dict[str, Any] = {
             "rows": rows,
             "seed": seed,
             "ids": dict(zip([f"C{f + 1}" for f in range(FIELDS)], sizes, strict=True)),
@@ -113,7 +114,7 @@ def write_synthetic(
     return {"path": str(Path(out).absolute()), **known}
 
 
-def run_yaml() -> dict[str, object]:
+def run_yaml() -> dict[str, Any]:
     """A run that fits the log."""
     numbers = [{"name": f"I{i + 1}", "kind": "numeric", "transform": "log1p"} for i in range(NUMBERS)]
     fields = [{"name": f"C{f + 1}", "kind": "categorical"} for f in range(FIELDS)]
