@@ -45,7 +45,8 @@ class Progress:
         """`done` of `total` units of `what` are finished."""
         now = time.monotonic()
         begun = self.started.setdefault(what, now)
-        left = f"  {duration((now - begun) / done * (total - done))} left" if 0 < done < total else ""
+        known = done > 2 and now - begun > 2.0  # the first units pay for starting up
+        left = f"  {duration((now - begun) / done * (total - done))} left" if known and done < total else ""
         self.show(f"  {what}: {done:,} of {total:,}{left}", final=done >= total)
 
     def training(self, latest: dict[str, Any], lines: list[str]) -> None:

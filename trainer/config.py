@@ -45,7 +45,7 @@ class TrainConfig(Config):
     table_lr: float = Field(default=0.02, gt=0)
     dense_lr: float = Field(default=0.001, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    table_l2: float = Field(default=0.001, ge=0)
+    table_l2: float = Field(default=0.3, ge=0)
     oov_rate: float = Field(default=0.01, ge=0, lt=0.5)
     evals_per_epoch: int = Field(default=4, ge=1)
     patience: int = Field(default=4, ge=1)

@@ -116,7 +116,6 @@ def build_worker(run: RunConfig, dataset: Dataset, teller: Teller) -> Worker:
     init_optimizer_state(optimizer)
     worker = Worker(run, dataset, sharded, optimizer, device, rank, world_size, describe_plan(plan), teller)
     init_tables(worker)
-    torch.manual_seed(run.train.seed + 1 + rank)  # dropout differs between ranks, weights do not
     return worker
 
 
@@ -195,7 +194,9 @@ def run_epochs(worker: Worker, position: Position) -> dict[str, Any]:
                 timed_s, timed_samples = timed_s + now - mark, timed_samples + size
             mark = now
             position = replace(position, batch=position.batch + 1, samples=position.samples + size)
-            if worker.rank == 0:
+            if steps == WARMUP_STEPS:
+                started, first_samples = time.monotonic(), position.samples
+            if worker.rank == 0 and steps > WARMUP_STEPS:
                 _tell(worker, position, reader, started, first_samples)
             if position.batch % eval_every == 0 or position.batch == batches:
                 position = evaluate_and_save(worker, position, batches)
@@ -205,6 +206,11 @@ def run_epochs(worker: Worker, position: Position) -> dict[str, Any]:
         if position.batch >= batches:
             position = replace(position, epoch=position.epoch + 1, batch=0)
     return {"samples": position.samples, "samples_per_s": round(timed_samples / timed_s, 1) if timed_s else None}
+
+
+def seed_step(seed: int, position: Position, rank: int) -> None:
+    """Dropout depends on the step and the rank alone, so a resumed run drops what the whole run would have."""
+    torch.manual_seed(hash((seed, position.epoch, position.batch, rank)) & 0x7FFF_FFFF_FFFF_FFFF)
 
 
 def evaluate_and_save(worker: Worker, position: Position, batches: int) -> Position:

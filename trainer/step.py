@@ -17,14 +17,15 @@ from torchrec.optim.keyed import CombinedOptimizer
 from trainer.data.batch import Batch
 
 
-def loss_of(logits_BT: Tensor, pooled_BD: Tensor, labels_BT: Tensor, table_l2: float) -> Tensor:  # noqa: N803
-    """Sum over the local rows of the mean log loss over tasks, plus the L2 term of the rows' pooled embeddings.
+def loss_of(logits_BT: Tensor, pooled_BD: Tensor, labels_BT: Tensor, features: int, table_l2: float) -> Tensor:  # noqa: N803
+    """Sum over the local rows of the mean log loss over tasks, plus `table_l2` times the mean squared norm of features.
 
-    The L2 term regularises just the rows a batch touches (FBGEMM's CPU kernels ignore weight decay).
+    The L2 term regularises just the rows a batch touches (FBGEMM's CPU kernels ignore weight decay). Taken as a mean
+    over the features, one value serves logs with few fields and with many.
     """
     loss = F.binary_cross_entropy_with_logits(logits_BT, labels_BT, reduction="sum") / labels_BT.shape[1]
     if table_l2:
-        loss = loss + table_l2 * pooled_BD.square().sum()
+        loss = loss + table_l2 / features * pooled_BD.square().sum()
     return loss
 
 
@@ -38,7 +39,7 @@ def train_step(
     assert batch.labels is not None, "training needs labels"
     optimizer.zero_grad()
     logits, pooled = model(batch.dense, batch.sparse)
-    loss = loss_of(logits, pooled, batch.labels, table_l2) / global_rows
+    loss = loss_of(logits, pooled, batch.labels, len(batch.sparse.keys()), table_l2) / global_rows
     (loss * world_size).backward()  # data-parallel averaging divides by the world size
     optimizer.step()
     return loss.detach()

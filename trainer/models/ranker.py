@@ -53,7 +53,10 @@ def mlp(sizes: Sequence[int], dropout: float = 0.0, last_linear: bool = False) -
     """Linear layers with ReLU and dropout after each, but for the last where `last_linear`."""
     layers: list[nn.Module] = []
     for i, (n_in, n_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
-        layers.append(nn.Linear(n_in, n_out))
+        linear = nn.Linear(n_in, n_out)
+        nn.init.xavier_uniform_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        layers.append(linear)
         if not (last_linear and i == len(sizes) - 2):
             layers.append(nn.ReLU())
             if dropout:

@@ -1,0 +1,247 @@
+"""compress/compressor.py and compress/pipeline.py: plans resolved, bytes predicted, refusals that leave nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from compress_builders import World, build_world, quiet
+
+from compress.artifact import Artifact, load_artifact
+from compress.compressor import check_belongs, compress, resolve, table_bytes
+from compress.config import CompressionPlan, TablePlan
+from compress.errors import PlanError
+from compress.lookup import table_offsets, table_view
+from compress.methods.codec import quantize_rows
+from compress.model import score_split
+from compress.pipeline import compress_checkpoint
+from trainer.data.transform import read_arrow
+from trainer.errors import DataError, SlimrankError
+
+PLANS = {
+    "int8": CompressionPlan(),
+    "fp32": CompressionPlan(default=TablePlan(bits=32)),
+    "int4, half the rows": CompressionPlan(default=TablePlan(bits=4, keep=0.5)),
+    "all pruned": CompressionPlan(default=TablePlan(bits=16, keep=1e-9)),
+    "hash table pruned alone": CompressionPlan(tables={"city": TablePlan(bits=4, coverage=0.5)}),
+}
+
+
+def bytes_of_ids(folder: Path) -> int:
+    """Bytes of keys and remap in ids.arrow."""
+    table = read_arrow(folder / "ids.arrow")
+    return sum(len(table[c][i].as_py()) for c in ("keys", "remap") for i in range(len(table)))
+
+
+# -- resolve ---------------------------------------------------------------------------------------------------------
+
+
+def test_resolve_keeps_every_row_of_an_unpruned_plan(world: World) -> None:
+    for name, table in resolve(CompressionPlan(), world.profiles).items():
+        rows = world.dataset.transform.tables[name].num_embeddings
+        assert (table.cut, table.table.rows, table.pruned) == (rows, rows, False)
+
+
+def test_resolve_adds_a_centroid_to_a_pruned_table(world: World) -> None:
+    resolved = resolve(CompressionPlan(tables={"user_id": TablePlan(keep=0.3)}), world.profiles)
+    assert resolved["user_id"].pruned
+    assert resolved["user_id"].table.rows == resolved["user_id"].cut + 1
+    assert not resolved["item_id"].pruned
+
+
+def test_resolve_refuses_an_unknown_table(world: World) -> None:
+    with pytest.raises(PlanError, match=r"table 'movie'.*user_id, item_id"):
+        resolve(CompressionPlan(tables={"movie": TablePlan()}), world.profiles)
+
+
+def test_resolve_refuses_a_dim_that_cannot_be_packed(world: World) -> None:
+    with pytest.raises(PlanError, match=r"table city: embedding_dim 12 .*INT2.*use more bits"):
+        resolve(CompressionPlan(tables={"city": TablePlan(bits=2)}), world.profiles)
+
+
+# -- bytes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_predicted_bytes_are_those_written(world: World, tmp_path: Path, name: str) -> None:
+    manifest = world.compress(PLANS[name], tmp_path / "a")
+    predicted = table_bytes(resolve(PLANS[name], {n: p.slim() for n, p in world.profiles.items()}))
+    actual = (tmp_path / "a" / "tables.bin").stat().st_size + bytes_of_ids(tmp_path / "a")
+    assert predicted == manifest["sizes"]["table_bytes"] == actual
+    assert manifest["sizes"]["table_bytes_fp32"] == 4 * (182 * 16 + 161 * 8 + 10 * 8 + 202 * 12 + 14 * 4)
+    on_disk = sum(p.stat().st_size for p in (tmp_path / "a").iterdir())
+    assert manifest["sizes"]["artifact_bytes"] == on_disk
+
+
+def test_compress_packs_each_row_where_its_id_points(world: World, artifact: Artifact) -> None:
+    """Row by row from the checkpoint: kept rows are their own code, pruned ones the centroid's."""
+    model = artifact.model
+    tables = model.lookup.tables
+    for index, table in enumerate(tables):
+        profile, cut = world.profiles[table.name], artifact.manifest["cuts"][table.name]
+        weight = world.checkpoint.read(f"tables/{table.name}/weight")
+        view = table_view(model.lookup.block, tables, index)
+        by_rank = quantize_rows(weight, table.bits)
+        if cut < len(weight) or world.dataset.transform.id_maps[table.name].keys is not None:
+            by_rank = by_rank[profile.order]
+        assert np.array_equal(view[:cut].numpy(), by_rank[:cut].numpy())
+        assert table.rows == cut + (cut < len(weight))
+
+
+def test_compress_in_chunks_writes_the_same_bytes(
+    world: World, artifact: Artifact, plan: CompressionPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.checkpoint.READ_ROWS", 17)
+    world.compress(plan, tmp_path / "a")
+    assert (tmp_path / "a" / "tables.bin").read_bytes() == (artifact.folder / "tables.bin").read_bytes()
+
+
+def test_compress_twice_gives_the_same_version(
+    world: World, artifact: Artifact, plan: CompressionPlan, tmp_path: Path
+) -> None:
+    assert world.compress(plan, tmp_path / "a")["version"] == artifact.version
+    other = world.compress(CompressionPlan(), tmp_path / "b")["version"]
+    assert other != artifact.version
+
+
+def test_compress_records_where_it_came_from(world: World, artifact: Artifact, plan: CompressionPlan) -> None:
+    manifest = artifact.manifest
+    assert manifest["lineage"] == {
+        "checkpoint": world.checkpoint.version,
+        "fingerprint": world.dataset.transform.fingerprint(),
+        "samples": world.dataset.rows("train"),
+    }
+    assert CompressionPlan.model_validate(manifest["plan"]) == plan
+    assert manifest["name"] == "small"
+
+
+def test_compress_reports_each_table(world: World, tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    compress(
+        world.checkpoint,
+        world.dataset,
+        CompressionPlan(),
+        tmp_path / "a",
+        world.profiles,
+        lambda *step: told.append(step),
+    )
+    assert told == [("pack", i, 5) for i in range(1, 6)]
+
+
+def test_compressed_table_without_padding_is_smaller_than_the_fp32_one(world: World) -> None:
+    """The figure that the README quotes counts alignment: it cannot be below the rows alone."""
+    resolved = resolve(CompressionPlan(default=TablePlan(bits=4)), world.profiles)
+    rows = sum(r.table.bytes for r in resolved.values())
+    padded = table_offsets([r.table for r in resolved.values()])[1]
+    assert rows <= padded < rows + 128 * len(resolved)
+    assert table_bytes(resolved) - padded == sum(r.id_map_bytes for r in resolved.values()) > 0
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A world of another log."""
+    return build_world(tmp_path_factory.mktemp("stranger"), rows=900, seed=3)
+
+
+def test_compress_refuses_data_of_another_fingerprint(world: World, stranger: World, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"not the prepared data.*--data"):
+        compress(world.checkpoint, stranger.dataset, CompressionPlan(), tmp_path / "a", world.profiles, quiet)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_belongs_sees_any_fitted_number(world: World) -> None:
+    check_belongs(world.checkpoint, world.dataset)
+    transform = world.dataset.transform
+    age = dataclasses.replace(transform.numerics["age"], mean=transform.numerics["age"].mean + 1e-9)
+    changed = type(transform)(transform.schema, transform.tables, transform.id_maps, {**transform.numerics, "age": age})
+    with pytest.raises(DataError, match=str(world.dataset.folder)):
+        check_belongs(world.checkpoint, dataclasses.replace(world.dataset, transform=changed))
+
+
+@pytest.mark.parametrize(
+    "plan", [CompressionPlan(tables={"movie": TablePlan()}), CompressionPlan(tables={"city": TablePlan(bits=2)})]
+)
+def test_compress_with_a_bad_plan_writes_nothing(world: World, tmp_path: Path, plan: CompressionPlan) -> None:
+    with pytest.raises(PlanError):
+        world.compress(plan, tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compress_refuses_a_folder_that_holds_something(world: World, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep me")
+    with pytest.raises(SlimrankError, match=r"already there and not empty"):
+        world.compress(CompressionPlan(), out)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert (out / "mine.txt").read_text() == "keep me"
+
+
+def test_compress_refuses_an_artifact_that_is_there(world: World, tmp_path: Path) -> None:
+    world.compress(CompressionPlan(), tmp_path / "a")
+    version = load_artifact(tmp_path / "a").version
+    with pytest.raises(SlimrankError, match="already there"):
+        world.compress(CompressionPlan(default=TablePlan(bits=4)), tmp_path / "a")
+    assert load_artifact(tmp_path / "a").version == version
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_compress_that_fails_half_way_leaves_nothing(world: World, tmp_path: Path, existing: bool) -> None:
+    out = tmp_path / "a"
+    if existing:
+        out.mkdir()
+
+    def fail(_what: str, step: int, _total: int) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(world.checkpoint, world.dataset, CompressionPlan(), out, world.profiles, fail)
+    assert [p.name for p in tmp_path.iterdir()] == (["a"] if existing else [])
+    assert not existing or list(out.iterdir()) == []
+
+
+def test_compress_into_an_empty_folder_is_fine(world: World, tmp_path: Path) -> None:
+    world.compress(CompressionPlan(), tmp_path)
+    assert load_artifact(tmp_path).model.tasks == ["click"]
+
+
+# -- the command's work ----------------------------------------------------------------------------------------------
+
+
+def test_compress_checkpoint_tells_sizes_and_quality(world: World, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("default: {bits: 4, keep: 0.5}\n")
+    told = compress_checkpoint(world.checkpoint.folder, world.dataset.folder, plan, tmp_path / "a", "test", quiet)
+    artifact = load_artifact(tmp_path / "a")
+    assert told["version"] == artifact.version
+    assert told["artifact"] == str(tmp_path / "a")
+    assert told["table_bytes"] < told["table_bytes_fp32"]
+    labels, logits = score_split(artifact.model, world.dataset, "test")
+    _, reference = score_split(world.fp32, world.dataset, "test")
+
+    def loss(z: np.ndarray) -> float:
+        return float(np.mean(np.logaddexp(0, z) - labels * z))
+
+    assert told["delta_ne"] == pytest.approx(loss(logits) / loss(reference) - 1, rel=1e-4)
+    assert told["delta_ne_upper"] > told["delta_ne"]
+
+
+def test_compress_checkpoint_without_a_plan_is_int8(world: World, tmp_path: Path) -> None:
+    compress_checkpoint(world.checkpoint.folder, world.dataset.folder, None, tmp_path / "a", "val", quiet)
+    assert {t["bits"] for t in load_artifact(tmp_path / "a").manifest["tables"]} == {8}
+
+
+def test_compress_checkpoint_refuses_before_it_writes(world: World, stranger: World, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("tables: {movie: {bits: 4}}\n")
+    with pytest.raises(PlanError, match="movie"):
+        compress_checkpoint(world.checkpoint.folder, world.dataset.folder, plan, tmp_path / "a", "val", quiet)
+    with pytest.raises(DataError, match="trained on"):
+        compress_checkpoint(world.checkpoint.folder, stranger.dataset.folder, None, tmp_path / "a", "val", quiet)
+    assert not (tmp_path / "a").exists()

@@ -1,0 +1,138 @@
+"""compress/search/objective.py: the bound covers, the worst task decides, the front is a front."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from compress.search import objective
+from compress.search.objective import Quality, bootstrap_ratio_upper, compare, pareto, rows_to_resolve
+from trainer.metrics import auc, row_losses
+
+
+def sample_task(rows: int, seed: int, noise: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels (N, 1), the log-odds of a model and those of a noisier one."""
+    rng = np.random.default_rng(seed)
+    reference = rng.normal(0, 1.5, (rows, 1))
+    labels = (rng.random((rows, 1)) < 1 / (1 + np.exp(-reference))).astype(np.float32)
+    return labels, reference + noise * rng.normal(size=(rows, 1)), reference
+
+
+def test_bootstrap_bound_covers_the_true_ratio_at_its_rate() -> None:
+    """Paired losses of known means: a one-sided 95% bound lies above the true ratio in about 95% of samples."""
+    covered = 0
+    for seed in range(200):
+        rng = np.random.default_rng(1000 + seed)
+        base = rng.gamma(2.0, 0.3, 400)
+        changed = base * 1.01 + rng.normal(0.0, 0.05, 400)
+        covered += bootstrap_ratio_upper(changed, base, seed) >= 0.01
+    assert 0.88 * 200 <= covered <= 0.99 * 200
+
+
+def test_bootstrap_bound_is_above_the_estimate_and_tightens_with_rows() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.gamma(2.0, 0.3, 8000)
+    changed = base * 1.01 + rng.normal(0.0, 0.05, 8000)
+    widths = []
+    for rows in (500, 8000):
+        estimate = changed[:rows].mean() / base[:rows].mean() - 1
+        widths.append(bootstrap_ratio_upper(changed[:rows], base[:rows]) - estimate)
+    assert 0 < widths[1] < widths[0] / 2.5
+
+
+def test_bootstrap_pairs_rows() -> None:
+    """Losses that differ by a constant factor have no spread at all, however noisy each is."""
+    base = np.random.default_rng(0).gamma(0.5, 2.0, 300)
+    assert bootstrap_ratio_upper(base * 1.02, base) == pytest.approx(0.02, abs=1e-6)
+    assert bootstrap_ratio_upper(base, base) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_bootstrap_is_repeatable_and_depends_on_its_seed() -> None:
+    rng = np.random.default_rng(0)
+    base, changed = rng.gamma(2.0, 0.3, 500), rng.gamma(2.0, 0.3, 500)
+    assert bootstrap_ratio_upper(changed, base, 3) == bootstrap_ratio_upper(changed, base, 3)
+    assert bootstrap_ratio_upper(changed, base, 3) != bootstrap_ratio_upper(changed, base, 4)
+
+
+def test_bootstrap_in_chunks_uses_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    base = rng.gamma(2.0, 0.3, 1050)
+    changed = base.copy()
+    changed[1000:] *= 3.0  # the last, partial chunk
+    monkeypatch.setattr(objective, "BOOTSTRAP_CHUNK", 100)
+    estimate = changed.mean() / base.mean() - 1
+    assert estimate < bootstrap_ratio_upper(changed, base) < 1.6 * estimate
+
+
+def test_compare_of_equal_scores_is_no_loss() -> None:
+    labels, _, reference = sample_task(500, 0, 0.0)
+    quality = compare(labels, reference, reference)
+    assert quality.delta_ne == 0.0
+    assert quality.delta_auc == 0.0
+    assert quality.delta_ne_upper == pytest.approx(0.0, abs=1e-6)
+
+
+def test_compare_is_the_ratio_of_mean_losses() -> None:
+    labels, changed, reference = sample_task(2000, 1, 0.5)
+    quality = compare(labels, changed, reference)
+    y = labels[:, 0]
+    ratio = row_losses(y, changed[:, 0]).mean() / row_losses(y, reference[:, 0]).mean() - 1
+    assert quality.delta_ne == pytest.approx(ratio, rel=1e-12)
+    assert quality.delta_auc == pytest.approx(auc(y, changed[:, 0]) - auc(y, reference[:, 0]), rel=1e-12)
+    assert quality.delta_ne_upper > quality.delta_ne > 0 > quality.delta_auc
+
+
+@pytest.mark.parametrize("worst", [0, 1, 2])
+def test_compare_takes_the_worst_task(worst: int) -> None:
+    tasks = [sample_task(800, seed, 0.8 if seed == worst else 0.2) for seed in range(3)]
+    labels, changed, reference = (np.concatenate([t[i] for t in tasks], axis=1) for i in range(3))
+    alone = [compare(*t) for t in tasks]
+    assert compare(labels, changed, reference) == alone[worst]
+    assert alone[worst].delta_ne_upper == max(q.delta_ne_upper for q in alone)
+
+
+@pytest.mark.parametrize(
+    ("points", "front"),
+    [
+        ([], []),
+        ([(5, 1.0)], [0]),
+        ([(3, 0.1), (1, 0.3), (2, 0.2)], [1, 2, 0]),
+        ([(1, 0.3), (2, 0.4), (3, 0.2)], [0, 2]),  # the second is larger and worse
+        ([(1, 0.3), (1, 0.2), (1, 0.4)], [1]),
+        ([(1, 0.3), (2, 0.3)], [0]),  # as good for less
+        ([(2, -0.1), (1, 0.0), (3, -0.1)], [1, 0]),
+    ],
+)
+def test_pareto_keeps_what_nothing_beats(points: list[tuple[float, float]], front: list[int]) -> None:
+    assert pareto(points) == front
+
+
+def test_pareto_of_many_points_equals_the_definition() -> None:
+    rng = np.random.default_rng(0)
+    points = [(float(b), float(q)) for b, q in zip(rng.integers(0, 60, 300), rng.normal(size=300), strict=True)]
+    front = pareto(points)
+
+    def beaten(i: int) -> bool:
+        return any(
+            points[j][0] <= points[i][0] and points[j][1] <= points[i][1] and points[j] != points[i]
+            for j in range(len(points))
+        )
+
+    assert sorted(front) == [i for i in range(300) if not beaten(i)]
+    assert [points[i] for i in front] == sorted(points[i] for i in front)
+
+
+@pytest.mark.parametrize(
+    ("delta", "upper", "budget", "expected"),
+    [
+        (0.0005, 0.0015, 0.001, 4000),  # twice the width that fits: four times the rows
+        (0.0, 0.003, 0.001, 9000),
+        (0.0, 0.0005, 0.001, 250),
+        (0.001, 0.002, 0.001, 0),
+        (0.002, 0.003, 0.001, 0),
+    ],
+)
+def test_rows_to_resolve_follow_the_square_of_the_width(
+    delta: float, upper: float, budget: float, expected: int
+) -> None:
+    assert rows_to_resolve(Quality(delta, upper, 0.0), 1000, budget) == pytest.approx(expected, abs=1)

@@ -1,0 +1,40 @@
+"""Fixtures of the serve tests: a ranker on the artifact that the compress tests use too."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "compress"))  # its builders; the package `compress` stays itself
+
+from compress_builders import World, artifact_in, two_tasks_in, world_in  # noqa: E402
+
+from compress.artifact import Artifact  # noqa: E402
+from serve.ranker import Ranker  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """3000 rows, one task, a catalogue."""
+    return world_in(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Its artifact, with bits and cuts of every kind."""
+    return artifact_in(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def ranker(artifact: Artifact) -> Ranker:
+    """A ranker on it."""
+    return Ranker(artifact)
+
+
+@pytest.fixture(scope="session")
+def two_task_ranker(tmp_path_factory: pytest.TempPathFactory) -> Ranker:
+    """A ranker of two tasks, without a catalogue."""
+    world = two_tasks_in(tmp_path_factory.getbasetemp())
+    return Ranker(world.artifact(world.uniform(8)))

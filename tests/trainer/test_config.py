@@ -1,0 +1,160 @@
+"""trainer/config.py: a run's YAML becomes a frozen value, or one line that says what is wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from pydantic import ValidationError
+from trainer_builders import make_run, run_content, write_run
+
+from trainer.config import TrainConfig, dump_run, load_run, parse_run
+from trainer.errors import ConfigError
+
+
+def test_run_loads_and_is_frozen(tmp_path):
+    run = load_run(write_run(tmp_path, run_content()))
+    assert (run.name, run.model.embedding_dim, run.train) == ("tiny", 8, TrainConfig())
+    with pytest.raises(ValidationError, match="frozen"):
+        run.name = "other"
+
+
+def test_run_dump_round_trips():
+    run = make_run(train={"epochs": 3})
+    assert parse_run(json.loads(dump_run(run)), "again") == run
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        (("speed",), 1, "speed: unknown key"),
+        (("data", "inputs"), "x", "data.inputs: unknown key"),
+        (("model", "archs"), "dcn", "model.archs: unknown key"),
+        (("model", "arch"), "wide", "model.arch: Input should be 'dlrm' or 'dcn' (got 'wide')"),
+        (("model", "embedding_dim"), 10, "model.embedding_dim: Input should be a multiple of 4 (got 10)"),
+        (("train", "epochs"), 0, "train.epochs: Input should be greater than or equal to 1 (got 0)"),
+        (("name",), "a b", "(got 'a b')"),
+        (("data", "tasks"), None, "data.tasks: Input should be a valid list (got None)"),
+    ],
+)
+def test_run_with_a_broken_value_gives_one_line(tmp_path, path, value, says):
+    content = run_content()
+    content["train"] = {}
+    section = content
+    for key in path[:-1]:
+        section = section[key]
+    section[path[-1]] = value
+    file = write_run(tmp_path, content)
+    with pytest.raises(ConfigError) as error:
+        load_run(file)
+    message = str(error.value)
+    assert says in message
+    assert message.startswith(f"{file}: ")
+    assert len(message.splitlines()) == 1
+
+
+def test_run_without_data_says_what_is_missing(tmp_path):
+    with pytest.raises(ConfigError, match=r"run\.yaml: data: missing: add it$"):
+        load_run(write_run(tmp_path, {"name": "tiny"}))
+
+
+def test_run_names_every_broken_rule_at_once(tmp_path):
+    content = run_content() | {"train": {"epochs": 0, "sped": 1}}
+    with pytest.raises(ConfigError) as error:
+        load_run(write_run(tmp_path, content))
+    assert "train.epochs" in str(error.value)
+    assert "train.sped" in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_run_file_that_is_absent_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.yaml: no such file"):
+        load_run(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"name: [", "not valid YAML"),
+        (b"- 1\n- 2\n", "expected a mapping .* got list"),
+        (b"", "expected a mapping .* got NoneType"),
+        (b"\xff\xfe\x00", "cannot be read"),
+    ],
+)
+def test_run_file_that_is_no_mapping_gives_one_line(tmp_path, content, says):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=says) as error:
+        load_run(path)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_run_path_that_is_a_folder_gives_one_line(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_run(tmp_path)
+
+
+def test_dlrm_with_numbers_needs_a_bottom_mlp(tmp_path):
+    content = run_content()
+    content["model"] |= {"arch": "dlrm", "bottom_mlp": []}
+    with pytest.raises(ConfigError, match="bottom MLP"):
+        load_run(write_run(tmp_path, content))
+
+
+def test_paths_are_taken_from_the_runs_own_folder(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    file = write_run(tmp_path / "here", run_content(input="log/*.parquet"))
+    monkeypatch.chdir(tmp_path)
+    assert load_run("here/run.yaml").data.input == str(tmp_path / "here" / "log" / "*.parquet")
+    assert load_run(file).data.input == str(tmp_path / "here" / "log" / "*.parquet")
+
+
+def test_paths_of_split_files_are_taken_from_the_runs_own_folder(tmp_path):
+    content = run_content(split={"files": {"train": "a.parquet", "val": "/b.parquet", "test": "s3://c/d"}}, input=None)
+    files = load_run(write_run(tmp_path, content)).data.split.files
+    assert files == {"train": str(tmp_path / "a.parquet"), "val": "/b.parquet", "test": "s3://c/d"}
+
+
+def test_input_override_is_taken_from_the_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    file = write_run(tmp_path / "here", run_content())
+    monkeypatch.chdir(tmp_path)
+    assert load_run(file, "other/*.csv").data.input == str(tmp_path / "other" / "*.csv")
+    assert load_run(file, "s3://bucket/x").data.input == "s3://bucket/x"
+
+
+@pytest.mark.xfail(strict=True, reason="config.py load_run drops split.files and leaves a split that no rule accepts")
+def test_input_override_replaces_split_files(tmp_path):
+    content = run_content(split={"files": {s: f"{s}.parquet" for s in ("train", "val", "test")}}, input=None)
+    run = load_run(write_run(tmp_path, content), str(tmp_path / "all.parquet"))
+    assert run.data.input == str(tmp_path / "all.parquet")
+    assert run.data.split.files is None
+
+
+@pytest.mark.parametrize("sizes", [[0], [-1], [8, 0]])
+@pytest.mark.parametrize("key", ["top_mlp", "bottom_mlp"])
+@pytest.mark.xfail(
+    strict=True, reason="config.py ModelConfig: layer sizes are not validated; torch fails on them much later"
+)
+def test_layer_sizes_below_one_are_refused(key, sizes):
+    with pytest.raises(ConfigError, match=key):
+        make_run(model={key: sizes})
+
+
+@pytest.mark.xfail(
+    strict=True, reason="config.py TrainConfig: batch_size below workers leaves ranks without rows (IndexError)"
+)
+def test_batch_smaller_than_the_workers_is_refused():
+    with pytest.raises(ConfigError, match="batch_size"):
+        make_run(train={"batch_size": 1, "workers": 2})
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch"), [(1, 256), (65_536, 256), (100_000, 512), (262_144, 1024), (10_000_000, 4096)]
+)
+def test_batch_rows_follow_the_log(rows, batch):
+    assert TrainConfig().batch_rows(rows) == batch
+
+
+def test_batch_rows_as_configured():
+    assert TrainConfig(batch_size=24).batch_rows(10**6) == 24

@@ -1,0 +1,209 @@
+"""trainer/models: shapes, slow twins of both heads, and tables looked up in the features' order."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from trainer_builders import data_of, fitted, make_run, random_log
+
+from trainer.config import ModelConfig
+from trainer.data.batch import to_batch
+from trainer.errors import ConfigError
+from trainer.models import build_head, build_ranker, head_shape, pooling_of
+from trainer.models.dcn import DCNHead
+from trainer.models.dlrm import DLRMHead
+from trainer.models.ranker import HeadShape, Ranker, mlp
+
+MODELS = {
+    "dlrm": ModelConfig(arch="dlrm", bottom_mlp=(6,), top_mlp=(7, 5), dropout=0.0),
+    "dcn": ModelConfig(arch="dcn", cross_layers=2, cross_rank=3, top_mlp=(7, 5), dropout=0.0),
+}
+TWO_TASKS = [{"name": "click", "column": "label"}, {"name": "buy", "column": "label"}]
+NO_NUMBERS = [
+    {"name": "user", "kind": "categorical", "dim": 4},
+    {"name": "tags", "kind": "multi", "separator": "|", "pooling": "sum"},
+]
+
+
+def make_ranker(arch: str, **data) -> tuple[Ranker, object]:
+    """A ranker on CPU and encoded rows for it."""
+    run = make_run(model={"arch": arch}, **data)
+    transform = fitted(random_log(80), run.data)
+    torch.manual_seed(0)
+    return build_ranker(run.model.model_copy(update={"table_init": 0.5}), transform, "cpu"), transform
+
+
+def lookup(ranker: Ranker, transform, encoded) -> Tensor:
+    """Slow twin: pooled embeddings row by row, in the order of the transform's features."""
+    columns = []
+    for name, ragged in encoded.sparse.items():
+        weight = ranker.embeddings.embedding_bags[transform.table_of(name).name].weight
+        lengths = np.ones(len(ragged), dtype=int) if ragged.lengths is None else ragged.lengths
+        bags = np.split(ragged.values, np.cumsum(lengths)[:-1])
+        pool = Tensor.mean if pooling_of(transform, name) == "mean" else Tensor.sum
+        columns.append(torch.stack([pool(weight[torch.from_numpy(bag)], dim=0) for bag in bags]))
+    return torch.cat(columns, dim=1)
+
+
+@pytest.mark.parametrize("arch", MODELS)
+@pytest.mark.parametrize("data", [{}, {"features": NO_NUMBERS}, {"tasks": TWO_TASKS}], ids=["all", "no dense", "tasks"])
+def test_ranker_gives_a_logit_for_each_row_and_task(arch, data):
+    ranker, transform = make_ranker(arch, **data)
+    encoded = transform.encode(random_log(20, seed=1))
+    batch = to_batch(encoded)
+    logits, pooled = ranker(batch.dense, batch.sparse)
+    assert logits.shape == (20, len(data.get("tasks", [1])))
+    torch.testing.assert_close(pooled, lookup(ranker, transform, encoded))
+    assert len(torch.unique(logits[:, 0])) > 10, "rows are told apart"
+
+
+@pytest.mark.parametrize("arch", MODELS)
+@pytest.mark.parametrize("data", [{}, {"features": NO_NUMBERS}, {"tasks": TWO_TASKS}], ids=["all", "no dense", "tasks"])
+def test_gradient_reaches_every_parameter(arch, data):
+    ranker, transform = make_ranker(arch, **data)
+    batch = to_batch(transform.encode(random_log(60, seed=1)))
+    logits, _ = ranker(batch.dense, batch.sparse)
+    (logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
+    without = [n for n, p in ranker.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+@pytest.mark.parametrize("arch", MODELS)
+def test_logits_do_not_depend_on_the_order_of_keys(arch):
+    ranker, transform = make_ranker(arch)
+    batch = to_batch(transform.encode(random_log(20, seed=1)))
+    expected, _ = ranker(batch.dense, batch.sparse)
+    order = [3, 0, 5, 2, 4, 1]
+    shuffled = batch.sparse.permute(order)
+    assert shuffled.keys() == [batch.sparse.keys()[i] for i in order]
+    torch.testing.assert_close(ranker(batch.dense, shuffled)[0], expected)
+
+
+def test_shared_table_feeds_features_in_their_own_places():
+    # tables group a and c together; the head must see a, b, c
+    shared = {"kind": "categorical", "min_count": 1}
+    data = data_of(
+        {"name": "a", **shared, "dim": 4},
+        {"name": "b", **shared, "dim": 8},
+        {"name": "c", "kind": "categorical", "table": "a"},
+    )
+    raw = pa.table({"a": ["x", "y"], "b": ["p", "q"], "c": ["y", "z"]})
+    transform = fitted(raw, data)
+    ranker = build_ranker(ModelConfig(top_mlp=(4,)), transform, "cpu")
+    encoded = transform.encode(raw)
+    batch = to_batch(encoded)
+    pooled = ranker(batch.dense, batch.sparse)[1]
+    torch.testing.assert_close(pooled, lookup(ranker, transform, encoded))
+    assert head_shape(transform) == HeadShape(0, (4, 8, 4), 1)
+    torch.testing.assert_close(pooled[0, 12:], pooled[1, :4])  # c's "y" in row 0 is a's "y" in row 1
+
+
+def test_embeddings_read_hand_made_jagged_ids():
+    ranker, _ = make_ranker("dcn", features=NO_NUMBERS)
+    weights = {n: bag.weight for n, bag in ranker.embeddings.embedding_bags.items()}
+    sparse = KeyedJaggedTensor(
+        keys=["user", "tags"], values=torch.tensor([2, 3, 1, 2, 3, 0]), lengths=torch.tensor([1, 1, 1, 3])
+    )
+    pooled = ranker(torch.zeros(2, 0), sparse)[1]
+    expected = torch.stack(
+        [
+            torch.cat([weights["user"][2], weights["tags"][1]]),
+            torch.cat([weights["user"][3], weights["tags"][[2, 3, 0]].sum(dim=0)]),
+        ]
+    )
+    torch.testing.assert_close(pooled, expected)
+
+
+@pytest.mark.parametrize("num_dense", [0, 3])
+def test_dlrm_equals_its_formula(num_dense):
+    torch.manual_seed(0)
+    head = DLRMHead(MODELS["dlrm"], HeadShape(num_dense, (4, 8, 8), 2))
+    dense, pooled = torch.randn(5, num_dense), torch.randn(5, 20)
+    expected = []
+    for x, p in zip(dense, pooled, strict=True):
+        vectors = [head.project[0](p[:4]), p[4:12], p[12:]]
+        first = [p]
+        if num_dense:
+            vectors.append(head.bottom(x))
+            first.append(vectors[-1])
+        dots = [vectors[i] @ vectors[j] for i in range(len(vectors)) for j in range(i)]
+        expected.append(head.out(head.top(torch.cat([*first, torch.stack(dots)]))))
+    torch.testing.assert_close(head(dense, pooled), torch.stack(expected))
+
+
+@pytest.mark.parametrize("num_dense", [0, 3])
+def test_dcn_equals_its_formula(num_dense):
+    torch.manual_seed(0)
+    head = DCNHead(MODELS["dcn"], HeadShape(num_dense, (4, 8), 2))
+    dense, pooled = torch.randn(5, num_dense), torch.randn(5, 12)
+    x0 = x = torch.cat([dense, pooled], dim=1)
+    for cross in head.crosses:
+        x = x0 * (x @ cross.down.weight.T @ cross.up.weight.T + cross.up.bias) + x
+    torch.testing.assert_close(head(dense, pooled), head.out(torch.cat([x, head.deep(x0)], dim=1)))
+
+
+def test_cross_rank_is_no_more_than_the_width():
+    assert DCNHead(ModelConfig(cross_rank=64), HeadShape(0, (4,), 1)).crosses[0].down.weight.shape == (4, 4)
+
+
+@pytest.mark.parametrize("arch", MODELS)
+def test_head_without_hidden_layers_still_ranks(arch):
+    head = build_head(
+        ModelConfig(arch=arch, top_mlp=(), cross_layers=0), fitted(random_log(80), make_run().data)
+    ).eval()
+    assert head(torch.zeros(3, 3), torch.zeros(3, sum([8, 4, 4, 8, 8, 8]))).shape == (3, 1)
+
+
+def test_dropout_acts_in_training_only():
+    torch.manual_seed(0)
+    layers = mlp([4, 64], dropout=0.5)
+    x = torch.ones(1, 4)
+    assert not torch.equal(layers(x), layers(x))
+    layers.eval()
+    assert torch.equal(layers(x), layers(x))
+
+
+def test_tables_start_within_their_bound():
+    run = make_run(model={"table_init": 0.01})
+    ranker = build_ranker(run.model, fitted(random_log(80), run.data), "cpu")
+    for bag in ranker.embeddings.embedding_bags.values():
+        assert 0.005 < bag.weight.abs().max() <= 0.01
+
+
+def test_features_that_share_a_table_but_pool_differently_are_refused():
+    features = [
+        {"name": "item", "kind": "multi", "pooling": "mean"},
+        {"name": "history", "kind": "multi", "pooling": "sum", "table": "item"},
+    ]
+    data = make_run(features=features).data
+    transform = fitted(pa.table({"item": [["a"]], "history": [["a"]]}), data)
+    with pytest.raises(ValueError, match="features item, history share a table but pool differently"):
+        build_ranker(ModelConfig(), transform)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="schema.py DataConfig lets through what models _one_pooling refuses after prepare"
+)
+def test_features_that_share_a_table_but_pool_differently_are_refused_as_the_config_is_read():
+    features = [
+        {"name": "item", "kind": "multi", "pooling": "mean"},
+        {"name": "history", "kind": "multi", "pooling": "sum", "table": "item"},
+    ]
+    with pytest.raises(ConfigError, match="pool"):
+        make_run(features=features)
+
+
+@pytest.mark.parametrize("name", ["type", "items", "values", "half", "forward"])
+@pytest.mark.xfail(
+    strict=True,
+    raises=KeyError,
+    reason="models build_ranker: a table named like an attribute of nn.Module cannot enter TorchRec's ModuleDict",
+)
+def test_feature_may_have_any_name_the_schema_allows(name):
+    data = data_of({"name": name, "kind": "categorical"})
+    ranker = build_ranker(ModelConfig(), fitted(pa.table({name: ["x", "x"]}), data), "cpu")
+    assert list(ranker.embeddings.embedding_bags) == [name]
