@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from compress.config import CompressionPlan, SearchConfig
 from serve.config import ServeConfig
-from trainer.config import RunConfig, describe, load_run, load_yaml
+from trainer.config import RunConfig, TrainConfig, describe, load_run, load_yaml
 from trainer.errors import ConfigError
 
 Section = TypeVar("Section", bound=BaseModel)
@@ -39,7 +39,8 @@ def with_workers(run: RunConfig, workers: int | None) -> RunConfig:
     """The run with another number of workers, where one is given."""
     if workers is None:
         return run
-    return run.model_copy(update={"train": run.train.model_copy(update={"workers": workers})})
+    train = section(TrainConfig, {**run.train.model_dump(), "workers": workers}, "--workers: train")
+    return run.model_copy(update={"train": train})
 
 
 def search_config(checkpoint: Path, max_delta_ne: float | None, trials: int | None) -> SearchConfig:

@@ -33,6 +33,8 @@ from trainer.files import sha256, write_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+FILES = {"tables.bin", "dense.safetensors", "transform.json", "ids.arrow", "golden.arrow"}
+SIZES = {"table_bytes", "table_bytes_fp32", "artifact_bytes"}
 GOLDEN_ROWS = 64
 GOLDEN_TOLERANCE = 1e-4  # log-odds: fp32 sums in another order on another processor move the last digits only
 
@@ -90,10 +92,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         version = manifest["format_version"]
-    except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError):
+    except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         raise ArtifactError(f"{folder}: not an artifact: give the folder that 'compress' or 'tune' wrote") from None
     if version != FORMAT_VERSION:
         raise ArtifactError(f"{folder}: artifact format {version}, this version reads {FORMAT_VERSION}: compress again")
+    files, sizes = manifest.get("files"), manifest.get("sizes")
+    whole = isinstance(files, dict) and set(files) >= FILES and isinstance(sizes, dict) and set(sizes) >= SIZES
+    if not whole or manifest.get("version") != version_of(files):
+        raise ArtifactError(f"{folder / MANIFEST}: altered since it was written: restore the file")
     return manifest
 
 
@@ -136,13 +142,14 @@ def load_artifact(folder: Path, *, verify: bool = True) -> Artifact:
         SlimrankError,
         SafetensorError,
         OSError,
-        KeyError,
+        LookupError,
         TypeError,
         ValueError,
         RuntimeError,
         AssertionError,
     ) as e:
-        raise ArtifactError(f"{folder}: cannot be loaded: {type(e).__name__}: {str(e).splitlines()[0]}") from None
+        reason = (str(e).splitlines() or ["no reason given"])[0]
+        raise ArtifactError(f"{folder}: cannot be loaded: {type(e).__name__}: {reason}") from None
     return artifact
 
 

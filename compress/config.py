@@ -51,8 +51,8 @@ class SearchConfig(Config):
     """
 
     trials: int = Field(default=24, ge=1)
-    bits: tuple[Bits, ...] = (8, 4, 2)
-    coverage: tuple[float, ...] = (1.0, 0.999, 0.995, 0.99, 0.98, 0.95, 0.9, 0.8)
+    bits: tuple[Bits, ...] = Field(default=(8, 4, 2), min_length=1)
+    coverage: tuple[float, ...] = Field(default=(1.0, 0.999, 0.995, 0.99, 0.98, 0.95, 0.9, 0.8), min_length=1)
     max_delta_ne: float = Field(default=0.001, gt=0)
     sample_rows: int = Field(default=100_000, ge=100)
     gate_rows: int = Field(default=1_000_000, ge=100)

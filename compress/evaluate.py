@@ -13,7 +13,7 @@ from compress.model import CompressedModel, model_of_checkpoint, score_split
 from trainer.checkpoint import MANIFEST, open_checkpoint
 from trainer.data.dataset import Dataset, SplitName
 from trainer.errors import SlimrankError
-from trainer.metrics import task_metrics
+from trainer.metrics import grouped_auc, task_metrics
 
 
 def open_model(path: Path, dataset: Dataset) -> CompressedModel:
@@ -36,4 +36,9 @@ def open_model(path: Path, dataset: Dataset) -> CompressedModel:
 def evaluate(model: CompressedModel, dataset: Dataset, split: SplitName) -> dict[str, Any]:
     """Rows and metrics of a split, as `slimrank evaluate --json` prints them."""
     labels, logits = score_split(model, dataset, split)
-    return {"rows": len(labels), **task_metrics(labels.astype(np.float64), logits, model.tasks)}
+    metrics = {"rows": len(labels), **task_metrics(labels.astype(np.float64), logits, model.tasks)}
+    groups = dataset.groups(split)
+    if groups is not None and "auc" in metrics:
+        gauc = grouped_auc(labels[:, 0], logits[:, 0], groups)
+        metrics["gauc"] = None if np.isnan(gauc) else gauc  # no group of a split need hold both classes
+    return metrics

@@ -24,6 +24,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from compress.methods.codec import dequantize_rows, row_bytes
 
+INT32_MAX = 2**31 - 1
 TABLE_ALIGNMENT = 128  # FBGEMM aligns each table to a cache line pair
 _TYPES = {
     2: SparseType.INT2,
@@ -103,9 +104,12 @@ class Lookup:
         self.tbe.weight_initialized = True
 
     def __call__(self, sparse: KeyedJaggedTensor) -> Tensor:
-        """Pooled embeddings (B, D) fp32. Ids must be rows of the tables; others raise RuntimeError."""
-        offsets = sparse.offsets().int()
-        return self.tbe(sparse.values().int(), offsets, self._weights(sparse))
+        """Pooled embeddings (B, D) fp32. Raises: RuntimeError for an id that is no row of its table."""
+        values = sparse.values()
+        # the TBE takes negative ids for pruned ones, and the cast below would wrap large ones into a table
+        if values.numel() and (int(values.min()) < 0 or int(values.max()) > INT32_MAX):
+            raise RuntimeError(f"ids from {int(values.min())} to {int(values.max())} are not rows of the tables")
+        return self.tbe(values.int(), sparse.offsets().int(), self._weights(sparse))
 
     def _weights(self, sparse: KeyedJaggedTensor) -> Tensor | None:
         if not any(self.mean):

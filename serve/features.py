@@ -14,9 +14,10 @@ import pyarrow as pa
 from compress.artifact import Artifact
 from compress.catalogue import item_transform, join_sides, request_transform
 from serve.errors import RequestError
+from serve.request import utf8
 from trainer.data.encoded import Encoded, concatenate
 from trainer.data.schema import MultiFeature, NumericFeature
-from trainer.data.transform import Transform, hash_ids
+from trainer.data.transform import Transform, as_text, hash_ids
 from trainer.errors import DataError
 
 
@@ -39,16 +40,17 @@ class FeatureReader:
 
         Raises: RequestError naming the field whose value cannot be read.
         """
-        ignored = sorted(set(user) - set(self.columns))
-        values = {self.columns[key]: value for key, value in user.items() if key in self.columns}
-        if isinstance(candidates[0], dict):
-            return self._read_rows(values, candidates), ignored
+        ids_only = not isinstance(candidates[0], dict)
+        read_here = {f.source for f in (self.of_request if ids_only else self.whole).schema.features}
+        ignored = sorted(key for key in user if self.columns.get(key) not in read_here)
+        values = {self.columns[key]: value for key, value in user.items() if key not in ignored}
+        own = {c: to_array([v], self.specs[c], f"user.{c}") for c, v in values.items()}
+        if not ids_only:
+            return self._read_rows(own, candidates), ignored
         if self.catalogue is None:
             raise RequestError("candidates", "this model has no item catalogue: give objects of raw columns, not ids")
-        own = encode(self.of_request, {c: [v] for c, v in values.items()}, self.specs, "user")
-        return join_sides(
-            self.whole, [(self.of_request, own.repeat(len(candidates))), self._items(candidates)]
-        ), ignored
+        encoded = encode(self.of_request, own, 1, "user").repeat(len(candidates))
+        return join_sides(self.whole, [(self.of_request, encoded), self._items(candidates)]), ignored
 
     def _items(self, ids: Sequence[str | int]) -> tuple[Transform, Encoded]:
         assert self.catalogue is not None
@@ -57,19 +59,26 @@ class FeatureReader:
         found, known = self.catalogue.find(keys)
         encoded = self.catalogue.encoded.take(found)
         if not known.all():  # unknown items: their id as it encodes, everything else missing
-            strange = encode(self.of_items, {self.item_column: [str(i) for i in ids]}, self.specs, "candidates")
+            ids_only = {self.item_column: pa.array([str(i) for i in ids])}
+            strange = encode(self.of_items, ids_only, len(ids), "candidates")
             encoded = choose(known, encoded, strange)
         return self.of_items, encoded
 
-    def _read_rows(self, user: dict[str, Any], candidates: Sequence[dict[str, Any]]) -> Encoded:
-        rows: dict[str, list[Any]] = {}
-        for key in {key for row in candidates for key in row}:
-            if key in self.columns:
-                column = self.columns[key]
-                rows[column] = [row.get(key, user.get(column)) for row in candidates]
-        for column, value in user.items():
-            rows.setdefault(column, [value] * len(candidates))
-        return encode(self.whole, rows, self.specs, "candidates", len(candidates))
+    def _read_rows(self, user: dict[str, pa.Array], candidates: Sequence[dict[str, Any]]) -> Encoded:
+        """Candidates as objects: each reads its own columns, and the user's where it has none."""
+        rows = len(candidates)
+        own = [{self.columns[k]: v for k, v in row.items() if k in self.columns} for row in candidates]
+        columns = {}
+        for column in sorted({c for row in own for c in row} | set(user)):
+            if any(column in row for row in own):
+                mine = to_array([row.get(column) for row in own], self.specs[column], f"candidates.{column}")
+                if column in user:
+                    has = np.array([column in row for row in own])
+                    mine = pa.concat_arrays([mine, user[column]]).take(np.where(has, np.arange(rows), rows))
+            else:
+                mine = user[column].take(np.zeros(rows, dtype=np.int64))
+            columns[column] = mine
+        return encode(self.whole, columns, rows, "candidates")
 
     def describe(self, candidates: Sequence[Any], index: int) -> tuple[str | int, str | None]:
         """The id that an answer gives for a candidate, and its title where the catalogue has one."""
@@ -83,63 +92,62 @@ class FeatureReader:
         return candidate, self.catalogue.titles[found[0]] if known[0] else None
 
 
-def encode(
-    transform: Transform, values: dict[str, list[Any]], specs: dict[str, Any], where: str, rows: int = 0
-) -> Encoded:
-    """Encode columns of raw JSON values with (part of) a transform.
+def encode(transform: Transform, columns: dict[str, pa.Array], rows: int, where: str) -> Encoded:
+    """Encode raw columns with (part of) a transform; columns it wants and does not get count as missing.
 
     Raises: RequestError naming the column whose values are not of its feature's kind.
     """
-    rows = rows or len(next(iter(values.values()), [None]))
-    wanted = {f.source for f in transform.schema.features}
-    columns = {c: to_array(v, specs[c], f"{where}.{c}") for c, v in values.items() if c in wanted}
-    columns = columns or {"_": pa.nulls(rows)}
     try:
-        return transform.encode(pa.table(columns))
+        return transform.encode(pa.table(columns or {"_": pa.nulls(rows)}))
     except DataError as error:
         raise RequestError(where, str(error)) from None
 
 
 def to_array(values: list[Any], feature: Any, field: str) -> pa.Array:
-    """JSON values of one feature as an Arrow column. Raises: RequestError when one is of the wrong type."""
-    for value in values:
-        if value is None:
-            continue
-        if isinstance(feature, MultiFeature):
-            members = value if isinstance(value, list) else [value]
-            good = all(isinstance(m, str | int | float) or m is None for m in members)
-            rule = "a list of ids, or text"
-        elif isinstance(feature, NumericFeature):
-            good = isinstance(value, int | float | str)
-            rule = "a number"
-        else:
-            good = isinstance(value, str | int | float)
-            rule = "one id (text or a number)"
-        if not good:
-            raise RequestError(field, f"must be {rule}, not {type(value).__name__}")
+    """JSON values of one feature as an Arrow column: numbers, ids as text, or lists of ids as text.
+
+    Raises: RequestError when a value is of the wrong type.
+    """
     if isinstance(feature, NumericFeature):
+        return pa.array([_number(v, field) for v in values], pa.float64())
+    if isinstance(feature, MultiFeature):
+        return pa.array([_bag(v, feature, field) for v in values], pa.list_(pa.string()))
+    return pa.array([_id(v, field, "one id (text or a number)") for v in values], pa.string())
+
+
+def _number(value: Any, field: str) -> float | None:
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    if isinstance(value, int | float | str):
         try:
-            return pa.array([None if v in (None, "") else float(v) for v in values], pa.float64())
-        except ValueError:
-            bad = next(v for v in values if isinstance(v, str))
-            raise RequestError(field, f"must be a number, not {bad[:40]!r}") from None
-        except OverflowError:
-            raise RequestError(field, "the number is too large") from None
-    if isinstance(feature, MultiFeature) and any(isinstance(v, list) for v in values):
-        bags = [v if isinstance(v, list) or v is None else [v] for v in values]
-        return pa.array([None if b is None else [_text(m) for m in b] for b in bags], pa.list_(pa.string()))
-    return pa.array([_text(v) for v in values], pa.string())
+            return float(value)
+        except (ValueError, OverflowError):
+            raise RequestError(field, f"must be a number, not {str(value)[:40]!r}") from None
+    raise RequestError(field, f"must be a number, not {type(value).__name__}")
 
 
-def _text(value: Any) -> str | None:
-    """An id as the transform reads it: 7, 7.0 and "7" are one id."""
+def _bag(value: Any, feature: MultiFeature, field: str) -> list[str | None] | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return list(utf8(value, field).split(feature.separator)) if feature.separator else [_id(value, field, "an id")]
+    members = value if isinstance(value, list) else [value]
+    return [_id(member, field, "a list of ids, or text") for member in members]
+
+
+def _id(value: Any, field: str, rule: str) -> str | None:
+    """An id as the transform reads it: 7, 7.0 and "7" are one id, and NaN is missing."""
     if value is None:
         return None
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value)
+    if isinstance(value, str):
+        return utf8(value, field)
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        return as_text(pa.array([value]), field)[0].as_py()
+    raise RequestError(field, f"must be {rule}, not {type(value).__name__}")
 
 
 def choose(first: np.ndarray, yes: Encoded, no: Encoded) -> Encoded:

@@ -20,7 +20,7 @@ def rank_file(artifact: Path, request_file: Path) -> dict[str, Any]:
     """
     try:
         body = json.loads(request_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RequestError("body", f"{request_file}: not a readable JSON file: {error}") from None
     request = parse_request(body, ServeConfig().max_candidates)
     return Ranker(load_artifact(artifact)).rank(request).model_dump(exclude_none=True)

@@ -61,9 +61,22 @@ def parse_request(body: Any, max_candidates: int) -> RankRequest:
     if isinstance(candidates, list) and len(candidates) > max_candidates:
         raise RequestError("candidates", f"{len(candidates):,} given, at most {max_candidates:,} are allowed", 413)
     try:
-        return RankRequest.model_validate(body)
+        request = RankRequest.model_validate(body)
     except ValidationError as error:
         raise _first_problem(error, body) from None
+    for candidate in request.candidates:
+        if isinstance(candidate, str):
+            utf8(candidate, "candidates")
+    return request
+
+
+def utf8(text: str, field: str) -> str:
+    """The text itself. Raises: RequestError when it holds half of a surrogate pair, which JSON allows and UTF-8 not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RequestError(field, "holds text that is not valid Unicode") from None
+    return text
 
 
 def _first_problem(error: ValidationError, body: dict[str, Any]) -> RequestError:

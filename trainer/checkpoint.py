@@ -69,8 +69,8 @@ def training_state(model: DistributedModelParallel, optimizer: CombinedOptimizer
 
 
 def _table_of(key: str) -> str | None:
-    """The table that a state key such as embeddings.embedding_bags.T.weight speaks of."""
-    _, marker, rest = key.partition("embedding_bags.")
+    """The table T that a state key such as embeddings.embedding_bags.t_T.weight speaks of."""
+    _, marker, rest = key.partition("embedding_bags.t_")
     return rest.removesuffix(".weight") if marker else None
 
 
@@ -183,7 +183,7 @@ class Checkpoint:
         for part in self.manifest["tensors"][key]["parts"]:
             begin, size = part["offsets"][0], part["sizes"][0]
             low, high = max(first, begin), min(last, begin + size)
-            if low >= high and size > 0:
+            if low >= high:
                 continue
             rows = self._file(part["file"]).get_slice(part["name"])[low - begin : high - begin]
             if out is None:
@@ -245,7 +245,7 @@ def resolve(path: Path) -> Path:
         return path
     try:
         best = path / json.loads((path / "train.json").read_text(encoding="utf-8"))["best"]
-    except (OSError, KeyError, TypeError, json.JSONDecodeError):
+    except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError):
         raise CheckpointError(
             f"{path}: not a checkpoint: give the folder that 'train' wrote, or one inside it"
         ) from None
@@ -265,7 +265,9 @@ def open_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
         if manifest["format_version"] != FORMAT_VERSION:
             raise CheckpointError(f"{folder}: format {manifest['format_version']}, this version reads {FORMAT_VERSION}")
         checkpoint = Checkpoint(folder, manifest)
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        if not (isinstance(manifest["files"], dict) and isinstance(manifest["tensors"], dict)):
+            raise TypeError("files and tensors are mappings")
+    except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: not a checkpoint manifest ({type(error).__name__})") from None
     if verify:
         checkpoint.verify()

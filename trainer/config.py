@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, PositiveInt, ValidationError, model_validator
 
 from trainer.data.schema import Config, DataConfig
 from trainer.errors import ConfigError
@@ -23,8 +23,8 @@ class ModelConfig(Config):
 
     arch: Literal["dlrm", "dcn"] = "dcn"
     embedding_dim: int = Field(default=16, gt=0, multiple_of=4)
-    bottom_mlp: tuple[int, ...] = (64,)
-    top_mlp: tuple[int, ...] = (256, 128)
+    bottom_mlp: tuple[PositiveInt, ...] = (64,)
+    top_mlp: tuple[PositiveInt, ...] = (256, 128)
     cross_layers: int = Field(default=2, ge=0, le=8)
     cross_rank: int = Field(default=32, ge=1)
     dropout: float = Field(default=0.2, ge=0, lt=1)
@@ -50,6 +50,12 @@ class TrainConfig(Config):
     evals_per_epoch: int = Field(default=4, ge=1)
     patience: int = Field(default=4, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
+
+    @model_validator(mode="after")
+    def _rows_for_every_worker(self) -> TrainConfig:
+        if self.batch_size is not None and self.batch_size < self.workers:
+            raise ValueError(f"batch_size {self.batch_size} is global: it must be {self.workers} (workers) at least")
+        return self
 
     def batch_rows(self, train_rows: int) -> int:
         """The global batch: as configured, else the power of two nearest to rows / 256, from 256 to 4096."""
@@ -121,8 +127,8 @@ def load_run(path: Path, input_override: str | None = None) -> RunConfig:
     if isinstance(data, dict):
         if input_override is not None:
             data["input"] = str(Path(input_override).absolute()) if "://" not in input_override else input_override
-            if isinstance(data.get("split"), dict):
-                data["split"].pop("files", None)
+            if isinstance(data.get("split"), dict) and data["split"].get("files") is not None:
+                raise ConfigError(f"{path}: data.split.files names the files of each split: leave out --input")
         base = path.absolute().parent
         if isinstance(data.get("input"), str):
             data["input"] = _absolute(data["input"], base)

@@ -30,10 +30,3 @@ def build_optimizer(model: DistributedModelParallel, train: TrainConfig) -> Comb
         dense, lambda params: torch.optim.AdamW(params, lr=train.dense_lr, weight_decay=train.weight_decay)
     )
     return CombinedOptimizer([("tables", model.fused_optimizer), ("dense", wrapped)])
-
-
-def set_learning_rate(optimizer: CombinedOptimizer, scale: float, train: TrainConfig) -> None:
-    """Scale both learning rates from their configured values."""
-    for group in optimizer.param_groups:
-        base = train.dense_lr if "betas" in group else train.table_lr
-        group["lr"] = base * scale

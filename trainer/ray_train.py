@@ -187,6 +187,7 @@ def run_epochs(worker: Worker, position: Position) -> dict[str, Any]:
     while position.epoch < train.epochs and position.stale_evals < train.patience:
         mark = time.perf_counter()
         for batch, size in reader.batches(position.epoch, position.batch):
+            seed_step(train.seed, position, worker.rank)
             train_step(worker.model, worker.optimizer, batch.to(worker.device), size, worker.world_size, train.table_l2)
             steps += 1
             now = time.perf_counter()

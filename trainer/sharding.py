@@ -25,6 +25,7 @@ from torchrec.distributed.types import ShardingPlan, ShardingType
 
 from trainer.data.transform import Transform
 from trainer.errors import ConfigError
+from trainer.models import module_name
 
 MEMORY_SHARE = 0.7  # of the machine's memory, for tables with their optimizer state and activations
 
@@ -65,7 +66,7 @@ def make_plan(
     Raises: ConfigError when the tables do not fit the machines.
     """
     constraints = {
-        table.name: ParameterConstraints(sharding_types=[ShardingType.TABLE_WISE.value])
+        module_name(table.name): ParameterConstraints(sharding_types=[ShardingType.TABLE_WISE.value])
         for table in transform.tables.values()
     }
     planner = EmbeddingShardingPlanner(
@@ -92,7 +93,7 @@ def make_plan(
 def describe_plan(plan: ShardingPlan) -> dict[str, dict[str, object]]:
     """Each table's sharding type and ranks, as JSON values."""
     return {
-        name: {"sharding_type": p.sharding_type, "ranks": p.ranks}
+        name.removeprefix(module_name("")): {"sharding_type": p.sharding_type, "ranks": p.ranks}
         for module in plan.plan.values()
         for name, p in module.items()
     }

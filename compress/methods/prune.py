@@ -38,7 +38,7 @@ def cut_for_coverage(edges_E: np.ndarray, lookups_E: np.ndarray, coverage: float
     total = lookups_E[-1]
     if total == 0:
         return int(edges_E[-1])
-    return int(edges_E[np.searchsorted(lookups_E, coverage * total - 1e-9 * total)])
+    return int(edges_E[np.searchsorted(lookups_E, coverage * total - min(1e-9 * total, 0.5))])
 
 
 def settle_cut(cut: int, rows: int) -> int:

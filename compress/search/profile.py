@@ -19,6 +19,7 @@ from compress.methods.prune import bucket_edges, cut_for_coverage, cut_for_share
 from trainer.checkpoint import Checkpoint
 from trainer.data.dataset import Dataset
 from trainer.data.transform import IdMap, TableInfo
+from trainer.errors import CheckpointError
 from trainer.progress import ReportProgress
 
 UNSEEN_WEIGHT = 1e-6  # of a row without lookups in a centroid, so that a bucket of such rows has a mean
@@ -83,7 +84,7 @@ def profile_table(
     counts_N: np.ndarray,  # noqa: N803
     id_map: IdMap,
 ) -> TableProfile:
-    """Profile one table."""
+    """Profile one table. Raises: CheckpointError when it holds NaN or infinity."""
     order = frequency_order(counts_N)
     edges = bucket_edges(table.num_embeddings)
     before = np.concatenate([[0], np.cumsum(counts_N[order])])
@@ -92,6 +93,10 @@ def profile_table(
     sums = torch.zeros((len(edges) + 1, table.embedding_dim), dtype=torch.float64)
     weights = torch.zeros(len(edges) + 1, dtype=torch.float64)
     for first, rows in checkpoint.table_chunks(table.name):
+        if not bool(torch.isfinite(rows).all()):
+            raise CheckpointError(
+                f"{checkpoint.folder}: table {table.name} holds values that are not finite: train again"
+            )
         chunk = slice(first, first + len(rows))
         bucket = torch.from_numpy(bucket_of_row[chunk])
         weight = torch.from_numpy(np.maximum(counts_N[chunk], UNSEEN_WEIGHT).astype(np.float64))

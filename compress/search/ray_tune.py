@@ -158,9 +158,10 @@ def tune(
 
     for_search, for_gate = split_rows(dataset, search)
     results = run_trials(share(for_search), plans(transform.tables, search), out, progress)
-    usable = [r for r in results if "error" not in r]
+    usable = [r for r in results if "error" not in r and np.isfinite(r["delta_ne_upper"])]
     if not usable:
-        raise DataError(f"no plan could be tried: the first said: {results[0]['error']}")
+        first = results[0].get("error", "its scores are not finite") if results else "every trial was lost"
+        raise DataError(f"no plan could be tried: {first}")
     front = [usable[i] for i in pareto([(r["table_bytes"], r["delta_ne_upper"]) for r in usable])]
     gate_shared = share(for_gate)
     chosen, gate = choose(front, gate_shared, search.max_delta_ne)

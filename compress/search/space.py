@@ -53,14 +53,16 @@ def plans(tables: Mapping[str, TableInfo], search: SearchConfig) -> list[Compres
     rng = random.Random(search.seed)
     careful = uniform_plan(tables, max(search.bits), max(search.coverage))
     grid = [uniform_plan(tables, b, c) for b, c in itertools.product(search.bits, search.coverage)]
-    others = distinct([p for p in grid if p != careful])
+    others = distinct(tables, [careful, *grid])[1:]
     if len(others) >= search.trials:
         return [careful, *rng.sample(others, search.trials - 1)]
     tries = [mixed_plan(tables, search, rng) for _ in range(4 * search.trials)]
-    return distinct([careful, *others, *tries])[: search.trials]
+    return distinct(tables, [careful, *others, *tries])[: search.trials]
 
 
-def distinct(candidates: Sequence[CompressionPlan]) -> list[CompressionPlan]:
-    """Each plan once, in order."""
-    seen = {p.model_dump_json(): p for p in candidates}
+def distinct(tables: Mapping[str, TableInfo], candidates: Sequence[CompressionPlan]) -> list[CompressionPlan]:
+    """The first of the plans that do the same to every table, in order."""
+    seen: dict[tuple[TablePlan, ...], CompressionPlan] = {}
+    for plan in candidates:
+        seen.setdefault(tuple(plan.of(name) for name in tables), plan)
     return list(seen.values())

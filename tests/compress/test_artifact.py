@@ -207,7 +207,6 @@ def test_manifest_that_does_not_fit_its_files_is_refused(copy: Path, change: Cha
         load_artifact(copy)
 
 
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason="defect: AttributeError escapes (artifact.py:135)")
 @pytest.mark.parametrize("files", [[], None, "x"])
 def test_manifest_whose_files_are_no_mapping_is_refused(copy: Path, files: object) -> None:
     rewrite(copy, lambda m: {**m, "files": files})
@@ -215,14 +214,12 @@ def test_manifest_whose_files_are_no_mapping_is_refused(copy: Path, files: objec
         load_artifact(copy)
 
 
-@pytest.mark.xfail(strict=True, raises=RecursionError, reason="defect: RecursionError escapes (artifact.py:93)")
 def test_manifest_nested_without_end_is_refused(copy: Path) -> None:
     (copy / MANIFEST).write_text("[" * 100_000)
     with pytest.raises(ArtifactError):
         load_artifact(copy)
 
 
-@pytest.mark.xfail(strict=True, reason="defect: the version is not held against the files' checksums (artifact.py:100)")
 @pytest.mark.parametrize(
     "change",
     [

@@ -20,7 +20,7 @@ from trainer.data.batch import to_batch
 from trainer.data.reader import read_split
 from trainer.data.transform import IdMap
 from trainer.errors import CheckpointError, DataError, SlimrankError
-from trainer.metrics import task_metrics
+from trainer.metrics import grouped_auc, task_metrics
 from trainer.models import build_ranker
 
 
@@ -42,8 +42,8 @@ def test_fp32_model_scores_as_the_trained_module(world: World) -> None:
     ranker = build_ranker(world.run.model, world.dataset.transform, device="cpu")
     state = {f"head.{k}": v for k, v in world.checkpoint.dense_state().items()}
     for name in world.dataset.transform.tables:
-        state[f"embeddings.embedding_bags.{name}.weight"] = world.checkpoint.read(f"tables/{name}/weight")
-    ranker.load_state_dict(state, strict=False)
+        state[f"embeddings.embedding_bags.t_{name}.weight"] = world.checkpoint.read(f"tables/{name}/weight")
+    ranker.load_state_dict(state)
     ranker.eval()
     rows = read_split(world.dataset, "test")
     batch = to_batch(rows.encoded)
@@ -183,8 +183,11 @@ def test_evaluate_tells_rows_and_metrics(world: World, artifact: Artifact) -> No
     model = open_model(artifact.folder, world.dataset)
     told = evaluate(model, world.dataset, "test")
     labels, logits = score_split(artifact.model, world.dataset, "test")
-    assert told == {"rows": 300, **task_metrics(labels.astype(np.float64), logits, ["click"])}
-    assert set(told) == {"rows", "auc", "ne", "log_loss", "calibration"}
+    groups = read_split(world.dataset, "test").groups
+    gauc = grouped_auc(labels[:, 0], logits[:, 0], groups)
+    assert 0 < gauc < 1
+    assert told == {"rows": 300, **task_metrics(labels.astype(np.float64), logits, ["click"]), "gauc": gauc}
+    assert set(told) == {"rows", "auc", "ne", "log_loss", "calibration", "gauc"}
 
 
 def test_evaluate_of_two_tasks_tells_both(two_tasks: World) -> None:

@@ -124,13 +124,11 @@ def test_lookup_refuses_ids_outside_and_leaves_them_as_they_were(bad: int, dtype
     assert torch.equal(values, before)
 
 
-@pytest.mark.xfail(strict=True, reason="defect: the TBE takes -1 for a pruned row and gives zeros (lookup.py:108)")
 def test_lookup_refuses_minus_one(small: Lookup) -> None:
     with pytest.raises(RuntimeError):
         small(ids_of([-1, 0], [1, 1], ["f", "g"]))
 
 
-@pytest.mark.xfail(strict=True, reason="defect: .int() wraps ids of 2**32 and more into the table (lookup.py:108)")
 def test_lookup_refuses_ids_beyond_32_bits(small: Lookup) -> None:
     with pytest.raises(RuntimeError):
         small(ids_of([2**32 + 3, 0], [1, 1], ["f", "g"]))

@@ -71,7 +71,6 @@ def test_search_refuses_coverage_that_is_no_share(coverage: tuple[float, ...]) -
         SearchConfig(coverage=coverage)
 
 
-@pytest.mark.xfail(strict=True, reason="defect: an empty grid is accepted and ends in max() of nothing (config.py:54)")
 @pytest.mark.parametrize("empty", [{"bits": ()}, {"coverage": ()}])
 def test_search_refuses_an_empty_grid(empty: dict[str, tuple]) -> None:
     with pytest.raises(ValidationError):

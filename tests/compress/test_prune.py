@@ -84,7 +84,6 @@ def test_cut_for_coverage_of_a_table_without_lookups_keeps_all() -> None:
     assert cut_for_coverage(np.array([2, 5, 10]), np.array([0, 0, 0]), 0.5) == 10
 
 
-@pytest.mark.xfail(strict=True, reason="defect: the slack of 1e-9 of all lookups is several lookups (prune.py:41)")
 def test_cut_for_coverage_of_all_keeps_all_of_four_billion_lookups() -> None:
     total = 4_000_000_000
     assert cut_for_coverage(np.array([2, 5, 10]), np.array([10, total - 3, total]), 1.0) == 10

@@ -201,9 +201,6 @@ def test_any_range_is_read_whatever_the_parts(trained, tmp_path, parts):
 
 
 @pytest.mark.parametrize("cuts", [[0.5, 0.5], [0.0, 0.5]], ids=["between", "first"])
-@pytest.mark.xfail(
-    strict=True, raises=RuntimeError, reason="checkpoint.py read: it reads parts without rows at negative bounds"
-)
 def test_any_range_is_read_where_a_rank_holds_no_rows(trained, tmp_path, cuts):
     model, optimizer, folder, _ = trained
     assert_any_range_is_read(cut_tables(folder, tmp_path / "parts", 0, cuts), snapshot(model, optimizer))
@@ -291,9 +288,6 @@ def test_manifest_that_is_none_is_refused(tmp_path, content):
         open_checkpoint(tmp_path)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=UnicodeDecodeError, reason="checkpoint.py open_checkpoint does not catch UnicodeDecodeError"
-)
 def test_manifest_of_binary_rubbish_is_refused(tmp_path):
     (tmp_path / MANIFEST).write_bytes(b"\xff\xfe\x80")
     with pytest.raises(CheckpointError, match=MANIFEST):
@@ -301,9 +295,6 @@ def test_manifest_of_binary_rubbish_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["files", "tensors"])
-@pytest.mark.xfail(
-    strict=True, raises=KeyError, reason="checkpoint.py open_checkpoint: these keys are first asked for outside the try"
-)
 def test_manifest_without_its_parts_is_refused(trained, key):
     path = trained[2] / MANIFEST
     manifest = json.loads(path.read_text())

@@ -123,27 +123,26 @@ def test_input_override_is_taken_from_the_working_folder(tmp_path, monkeypatch):
     assert load_run(file, "s3://bucket/x").data.input == "s3://bucket/x"
 
 
-@pytest.mark.xfail(strict=True, reason="config.py load_run drops split.files and leaves a split that no rule accepts")
-def test_input_override_replaces_split_files(tmp_path):
+def test_input_override_beside_split_files_is_refused(tmp_path):
     content = run_content(split={"files": {s: f"{s}.parquet" for s in ("train", "val", "test")}}, input=None)
-    run = load_run(write_run(tmp_path, content), str(tmp_path / "all.parquet"))
-    assert run.data.input == str(tmp_path / "all.parquet")
-    assert run.data.split.files is None
+    file = write_run(tmp_path, content)
+    with pytest.raises(ConfigError) as error:
+        load_run(file, str(tmp_path / "all.parquet"))
+    assert str(error.value) == f"{file}: data.split.files names the files of each split: leave out --input"
+
+
+def test_input_override_goes_with_a_split_that_names_no_files(tmp_path):
+    file = write_run(tmp_path, run_content(split={"by": "row", "files": None}))
+    assert load_run(file, "s3://bucket/x").data.input == "s3://bucket/x"
 
 
 @pytest.mark.parametrize("sizes", [[0], [-1], [8, 0]])
 @pytest.mark.parametrize("key", ["top_mlp", "bottom_mlp"])
-@pytest.mark.xfail(
-    strict=True, reason="config.py ModelConfig: layer sizes are not validated; torch fails on them much later"
-)
 def test_layer_sizes_below_one_are_refused(key, sizes):
     with pytest.raises(ConfigError, match=key):
         make_run(model={key: sizes})
 
 
-@pytest.mark.xfail(
-    strict=True, reason="config.py TrainConfig: batch_size below workers leaves ranks without rows (IndexError)"
-)
 def test_batch_smaller_than_the_workers_is_refused():
     with pytest.raises(ConfigError, match="batch_size"):
         make_run(train={"batch_size": 1, "workers": 2})

@@ -31,9 +31,6 @@ def test_folder_that_is_no_dataset_is_refused(tmp_path, content):
         open_dataset(tmp_path)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=UnicodeDecodeError, reason="dataset.py open_dataset does not catch UnicodeDecodeError"
-)
 def test_folder_with_a_binary_manifest_is_refused(tmp_path):
     (tmp_path / "dataset.json").write_bytes(b"\xff\xfe\x80")
     with pytest.raises(DataError, match="not a prepared data set"):

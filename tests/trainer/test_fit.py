@@ -88,9 +88,6 @@ def test_fit_takes_the_dim_of_the_feature_or_the_models():
     assert tables["a"].fp32_bytes == tables["a"].num_embeddings * 16
 
 
-@pytest.mark.xfail(
-    strict=True, reason="fit.py _fit_number: E[x^2] - E[x]^2 cancels for numbers far from 0, such as times in ms"
-)
 def test_spread_of_numbers_far_from_zero_is_right():
     values = 1.7e12 + np.random.default_rng(0).normal(size=1000) * 1e3
     data = data_of({"name": "n", "kind": "numeric"})

@@ -121,14 +121,12 @@ def test_times_that_are_none_are_shown(bad):
         timestamps(pa.table({"time": ["2024-01-01", bad]}), BY_TIME)
 
 
-@pytest.mark.xfail(strict=True, reason="prepare.py timestamps: pandas picks us or ns for each fragment's texts")
 def test_times_in_text_have_one_unit_in_all_fragments():
     coarse = timestamps(pa.table({"time": ["2024-01-01T00:00:00"]}), BY_TIME)
     fine = timestamps(pa.table({"time": ["2023-01-01T00:00:00.123456789"]}), BY_TIME)
     assert fine[0] < coarse[0]
 
 
-@pytest.mark.xfail(strict=True, reason="transform.py as_numbers refuses integers beyond 2**53")
 def test_times_in_integer_nanoseconds_are_read():
     times = timestamps(pa.table({"time": [1_700_000_001_000_000_001, 1_700_000_000_000_000_001]}), BY_TIME)
     assert times[1] < times[0]
@@ -225,9 +223,6 @@ def test_groups_tell_users_apart():
     assert prepare._groups(pa.table({"u": [7]}), make_run().data) is None
 
 
-@pytest.mark.xfail(
-    strict=True, reason="prepare.py _groups: from 64 rows on, rows without a user join the first user's group"
-)
 def test_rows_without_a_user_join_no_users_group():
     groups = prepare._groups(pa.table({"u": [None, *range(70)]}), make_run(ids={"user": "u"}).data)
     assert groups[0] not in groups[1:]

@@ -233,7 +233,6 @@ def test_reader_of_a_vanished_file_raises(tmp_path):
         next(Reader(dataset, "train", 10).batches())
 
 
-@pytest.mark.xfail(strict=True, reason="reader.py read_chunk: a damaged part gives Arrow's error, which names no file")
 def test_reader_of_a_damaged_file_names_it_in_one_line(tmp_path):
     dataset = make_dataset(tmp_path, 30, files=1)
     (dataset.folder / "train" / "part-00000.parquet").write_bytes(b"PAR1 and then nothing of use")
@@ -249,9 +248,6 @@ def test_reader_left_early_ends_its_thread(datasets):
     assert readers_alive(before) == 0
 
 
-@pytest.mark.xfail(
-    strict=True, reason="reader.py _ahead: the last put waits for ever where the consumer left a full queue"
-)
 def test_reader_left_early_near_the_end_ends_its_thread(datasets):
     before = set(threading.enumerate())
     batches = Reader(datasets(200), "train", 40).batches()  # five batches: one taken, four fill the queue

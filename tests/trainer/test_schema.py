@@ -76,7 +76,6 @@ def test_split_that_breaks_a_rule_is_refused(tmp_path, split, says):
     assert says in refused(tmp_path, split=split)
 
 
-@pytest.mark.xfail(strict=True, reason="schema.py Split: comparisons with NaN are false, so NaN fractions pass")
 def test_split_with_a_fraction_that_is_no_number_is_refused(tmp_path):
     assert "fractions" in refused(tmp_path, split={"by": "row", "fractions": [float("nan"), 0.5, 0.5]})
 

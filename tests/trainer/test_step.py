@@ -12,7 +12,7 @@ from trainer_builders import CPU, fitted, make_run, random_log, shard
 
 from trainer.checkpoint import training_state
 from trainer.data.batch import to_batch
-from trainer.models import build_ranker
+from trainer.models import build_ranker, module_name
 from trainer.optimizer import TABLE_EPS
 from trainer.step import gather_rows, loss_of, predict, train_step
 
@@ -75,14 +75,16 @@ def test_step_is_adagrad_by_row_on_tables_and_adamw_on_the_head():
     transform = fitted(random_log(80), run.data)
     model, optimizer = shard(run, transform, seed=0)
     twin = build_ranker(run.model, transform, "cpu")
+    bags = {name: twin.embeddings.embedding_bags[module_name(name)] for name in transform.tables}
+    assert len(bags) == len(twin.embeddings.embedding_bags)
     state = training_state(model, optimizer)
     with torch.no_grad():
-        for name, bag in twin.embeddings.embedding_bags.items():
+        for name, bag in bags.items():
             bag.weight.copy_(state[f"tables/{name}/weight"].local_shards()[0].tensor)
         for name, parameter in twin.head.named_parameters():
             parameter.copy_(state[f"dense/head.{name}"])
     adamw = torch.optim.AdamW(twin.head.parameters(), lr=0.01, weight_decay=0.1)
-    momentum = {name: torch.zeros(len(bag.weight)) for name, bag in twin.embeddings.embedding_bags.items()}
+    momentum = {name: torch.zeros(len(bag.weight)) for name, bag in bags.items()}
 
     for step in range(3):
         batch = some_batch(transform, 24, seed=step)
@@ -94,13 +96,13 @@ def test_step_is_adagrad_by_row_on_tables_and_adamw_on_the_head():
         expected.backward()
         adamw.step()
         with torch.no_grad():
-            for name, bag in twin.embeddings.embedding_bags.items():
+            for name, bag in bags.items():
                 momentum[name] += bag.weight.grad.square().mean(dim=1)
                 bag.weight -= 0.05 * bag.weight.grad / (momentum[name].sqrt()[:, None] + TABLE_EPS)
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
 
     state = training_state(model, optimizer)
-    for name, bag in twin.embeddings.embedding_bags.items():
+    for name, bag in bags.items():
         got = state[f"tables/{name}/weight"].local_shards()[0].tensor
         torch.testing.assert_close(got, bag.weight.detach(), rtol=1e-4, atol=1e-5)
         got = state[f"tables/{name}/momentum1"].local_shards()[0].tensor

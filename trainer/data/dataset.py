@@ -57,6 +57,16 @@ class Dataset:
         """Rows of a split."""
         return sum(sum(f.row_groups) for f in self.files[split])
 
+    def groups(self, split: SplitName) -> np.ndarray | None:
+        """The group of each row (N,) uint64, where the schema names a group or a user."""
+        tables = [pq.read_table(f.path, columns=[GROUP]) for f in self.files[split] if self._has_groups]
+        return pa.concat_tables(tables)[GROUP].to_numpy() if tables else None
+
+    @property
+    def _has_groups(self) -> bool:
+        ids = self.transform.schema.ids
+        return (ids.group or ids.user) is not None
+
     def counts(self, table: str) -> np.ndarray:
         """Lookups of each row (num_embeddings,) int64 in the training split."""
         return read_arrow(self.folder / "counts" / f"{table}.arrow")["count"].to_numpy()
@@ -84,7 +94,7 @@ def open_dataset(folder: Path) -> Dataset:
             split: [PartFile(str(folder / f["path"]), tuple(f["row_groups"])) for f in manifest["files"][split]]
             for split in SPLITS
         }
-    except (OSError, KeyError, TypeError, json.JSONDecodeError):
+    except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError):
         raise DataError(
             f"{folder}: not a prepared data set: give --data the folder that 'data prepare' wrote"
         ) from None

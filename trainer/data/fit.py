@@ -35,18 +35,21 @@ class NumberStats:
 
     count: int = 0
     missing: int = 0
-    total: float = 0.0
-    total_square: float = 0.0
+    mean: float = 0.0
+    spread: float = 0.0  # sum of squared distances from the mean
     low: float = np.inf
     high: float = -np.inf
     sample: list[np.ndarray] = field(default_factory=list)
 
     def merge(self, other: NumberStats) -> None:
         """Add another fragment's sums."""
-        self.count += other.count
         self.missing += other.missing
-        self.total += other.total
-        self.total_square += other.total_square
+        both = self.count + other.count
+        if both:  # Chan's update: sums of squares would cancel for large, close numbers such as times
+            apart = other.mean - self.mean
+            self.mean += apart * other.count / both
+            self.spread += other.spread + apart * apart * self.count * other.count / both
+        self.count = both
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
         self.sample += other.sample
 
@@ -106,7 +109,8 @@ def _observe_number(numbers: np.ndarray, feature: NumericFeature, rng: np.random
     known = warp(numbers[~np.isnan(numbers)], feature)
     stats = NumberStats(count=len(known), missing=len(numbers) - len(known))
     if len(known):
-        stats.total, stats.total_square = float(known.sum()), float(np.square(known).sum())
+        stats.mean = float(known.mean())
+        stats.spread = float(np.square(known - stats.mean).sum())
         stats.low, stats.high = float(known.min()), float(known.max())
         if feature.transform == "bucketize":
             stats.sample = [known if len(known) <= QUANTILE_SAMPLE else rng.choice(known, QUANTILE_SAMPLE, False)]
@@ -151,10 +155,9 @@ def fit_transform(stats: FitStats, data: DataConfig, default_dim: int) -> Transf
 def _fit_number(stats: NumberStats, feature: NumericFeature) -> NumericStats:
     if stats.count == 0:
         raise DataError(f"feature {feature.name!r}: column {feature.source!r} has no number in the training rows")
-    mean = stats.total / stats.count
-    std = float(np.sqrt(max(stats.total_square / stats.count - mean * mean, 0.0)))
+    std = float(np.sqrt(stats.spread / stats.count))
     boundaries: tuple[float, ...] = ()
     if feature.transform == "bucketize":
         quantiles = np.quantile(np.concatenate(stats.sample), np.arange(1, feature.buckets) / feature.buckets)
         boundaries = tuple(float(q) for q in np.unique(quantiles))
-    return NumericStats(mean, std if std > 1e-12 else 1.0, stats.low, stats.high, stats.missing > 0, boundaries)
+    return NumericStats(stats.mean, std if std > 1e-12 else 1.0, stats.low, stats.high, stats.missing > 0, boundaries)

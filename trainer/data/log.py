@@ -6,6 +6,7 @@ log) and Arrow tables of the wanted columns. CSV is first rewritten as Parquet, 
 
 from __future__ import annotations
 
+import csv
 import glob
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -132,15 +133,16 @@ def csv_to_parquet(source: str, target: str, data: DataConfig) -> None:
     numeric = {f.source for f in data.features if isinstance(f, NumericFeature)} | {t.column for t in data.tasks}
     types = {c: pa.float64() if c in numeric else pa.string() for c in data.columns}
     try:
+        with open(source, newline="", encoding="utf-8-sig") as file:
+            check_columns(source, next(csv.reader(file, delimiter=data.delimiter), []), data)
         reader = pa_csv.open_csv(
             source,
             read_options=pa_csv.ReadOptions(block_size=CSV_BLOCK_BYTES),
             parse_options=pa_csv.ParseOptions(delimiter=data.delimiter),
-            convert_options=pa_csv.ConvertOptions(column_types=types),
+            convert_options=pa_csv.ConvertOptions(column_types=types, include_columns=data.columns),
         )
-        check_columns(source, reader.schema.names, data)
         with pq.ParquetWriter(target, reader.schema) as writer:
             for block in reader:
                 writer.write_batch(block)
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowInvalid) as error:
         raise DataError(f"{source}: cannot be read as CSV: {str(error).splitlines()[0]}") from None

@@ -73,7 +73,7 @@ def timestamps(raw: pa.Table, data: DataConfig) -> np.ndarray:
         times = as_numbers(column, name)
     except DataError:
         parsed = pd.to_datetime(pd.Series(column.to_pylist()), utc=True, format="ISO8601", errors="coerce")
-        times = np.where(parsed.isna(), np.nan, parsed.astype("int64").to_numpy(np.float64))
+        times = np.where(parsed.isna(), np.nan, parsed.dt.as_unit("us").astype("int64").to_numpy(np.float64))
     if np.isnan(times).any():
         bad = int(np.isnan(times).argmax())
         raise DataError(f"column {name!r}: row {bad} of a fragment holds {column[bad].as_py()!r}, not a time")
@@ -170,7 +170,10 @@ def _prepared_table(encoded: Encoded, labels: np.ndarray, groups: np.ndarray | N
 
 def _groups(raw: pa.Table, data: DataConfig) -> np.ndarray | None:
     column = data.ids.group or data.ids.user
-    return None if column is None else hash_ids(flat(raw[column]), column)[0]
+    if column is None:
+        return None
+    keys, missing = hash_ids(flat(raw[column]), column)
+    return np.where(missing, np.uint64(0), keys)
 
 
 def _seen_items(raw: pa.Table, data: DataConfig, fragment: Fragment) -> pa.Table | None:

@@ -7,12 +7,14 @@ make the same global batch whatever the number of workers, and (epoch, batch) is
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer.data import encoded
@@ -20,6 +22,7 @@ from trainer.data.batch import Batch, to_batch
 from trainer.data.dataset import DENSE, GROUP, LABELS, Dataset, SplitName, sparse_column
 from trainer.data.encoded import Encoded, Ragged, from_column
 from trainer.data.transform import OOV_ROW, flat
+from trainer.errors import DataError
 
 WINDOW_ROWS = 262_144
 PREFETCH_BATCHES = 4
@@ -157,8 +160,11 @@ class Reader:
 
 def read_chunk(dataset: Dataset, chunk: Chunk) -> Rows:
     """Read one row group into memory."""
-    with pq.ParquetFile(chunk.path) as file:
-        table = file.read_row_group(chunk.row_group)
+    try:
+        with pq.ParquetFile(chunk.path) as file:
+            table = file.read_row_group(chunk.row_group)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{chunk.path}: cannot be read: {str(error).splitlines()[0]}: prepare the data again") from None
     sparse = {name: from_column(flat(table[sparse_column(name)])) for name in dataset.transform.sparse}
     if DENSE in table.column_names:
         dense = flat(table[DENSE]).flatten().to_numpy().reshape(len(table), -1)
@@ -199,20 +205,21 @@ def _ahead(source: Iterator[tuple[Rows, int]]) -> Iterator[tuple[Rows, int]]:
     ready: queue.Queue = queue.Queue(maxsize=PREFETCH_BATCHES)
     stopped = threading.Event()
 
+    def put(item: tuple[Rows, int] | BaseException | None) -> bool:
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return True
+        return False  # the consumer has left
+
     def run() -> None:
         try:
             for item in source:
-                while not stopped.is_set():
-                    try:
-                        ready.put(item, timeout=0.1)
-                        break
-                    except queue.Full:
-                        continue
-                if stopped.is_set():
+                if not put(item):
                     return
-            ready.put(None)
+            put(None)
         except BaseException as error:  # handed to the consumer, which raises it
-            ready.put(error)
+            put(error)
 
     thread = threading.Thread(target=run, daemon=True, name="slimrank-reader")
     thread.start()

@@ -147,7 +147,7 @@ class Split(Config):
         ways = [w for w in ("by", "column", "files") if getattr(self, w) is not None]
         if len(ways) != 1:
             raise ValueError(f"give exactly one of by, column, files (got {', '.join(ways) or 'none'})")
-        if any(f <= 0 for f in self.fractions) or abs(sum(self.fractions) - 1) > 1e-6:
+        if any(not f > 0 for f in self.fractions) or abs(sum(self.fractions) - 1) > 1e-6:
             raise ValueError(f"fractions {list(self.fractions)} must be positive and sum to 1")
         if self.files is not None and set(self.files) != {"train", "val", "test"}:
             raise ValueError("files must name train, val and test")
@@ -204,6 +204,13 @@ class DataConfig(Config):
                 own = [k for k in ("dim", "min_count", "hash_size") if getattr(feature, k) is not None]
                 if own:
                     raise ValueError(f"feature {feature.name!r} shares table {owner.name!r}: set {own[0]} there")
+            poolings = {
+                f.pooling
+                for f in self.sparse_features
+                if isinstance(f, MultiFeature) and f.table_name == feature.table_name
+            }
+            if len(poolings) > 1:
+                raise ValueError(f"features that share table {owner.name!r} must have one pooling, not mean and sum")
         return self
 
     @property

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import ValidationError
 
 from trainer.data.encoded import Encoded, Ragged
 from trainer.data.schema import DataConfig, MultiFeature, NumericFeature, SparseFeature
@@ -244,7 +245,7 @@ def read_description(path: Path) -> tuple[dict[str, TableInfo], dict[str, Numeri
             k: NumericStats(**{**v, "boundaries": tuple(v["boundaries"])}) for k, v in content["numerics"].items()
         }
         return tables, numerics, DataConfig.model_validate(content["schema"])
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, ValidationError) as error:
         raise DataError(f"{path}: not a transform ({type(error).__name__}): give a folder that prepare wrote") from None
 
 
@@ -316,12 +317,17 @@ def as_numbers(column: pa.Array, name: str) -> np.ndarray:
     Raises: DataError naming the column and the first value that is no number.
     """
     kind = column.type
-    if pa.types.is_temporal(kind):
-        column = column.cast(pa.timestamp("us") if pa.types.is_date(kind) else kind).cast(pa.int64())
-    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        column = pc.if_else(pc.equal(pc.utf8_trim_whitespace(column), ""), None, column)
     try:
-        numbers = column.cast(pa.float64()).to_numpy(zero_copy_only=False).astype(np.float64, copy=True)
+        if pa.types.is_date(kind):
+            column = column.cast(pa.timestamp("us"))
+        if pa.types.is_temporal(kind):
+            column = column.cast(pa.int32() if kind.bit_width == 32 and not pa.types.is_date(kind) else pa.int64())
+        elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+            column = pc.utf8_trim_whitespace(column)
+            column = pc.if_else(pc.equal(column, ""), None, column)
+        # integers beyond 2**53 lose their last digits, which no ranker can tell
+        numbers = column.cast(pa.float64(), safe=not pa.types.is_integer(column.type))
+        numbers = numbers.to_numpy(zero_copy_only=False).astype(np.float64, copy=True)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise DataError(f"column {name!r}: {kind} cannot be read as numbers: {str(error).splitlines()[0]}") from None
     numbers[~np.isfinite(numbers)] = np.nan

@@ -45,7 +45,7 @@ def build_ranker(model: ModelConfig, transform: Transform, device: torch.device 
         pooling = _one_pooling(transform, table.features)
         configs.append(
             EmbeddingBagConfig(
-                name=table.name,
+                name=module_name(table.name),
                 num_embeddings=table.num_embeddings,
                 embedding_dim=table.embedding_dim,
                 feature_names=list(table.features),
@@ -58,9 +58,13 @@ def build_ranker(model: ModelConfig, transform: Transform, device: torch.device 
     return Ranker(embeddings, build_head(model, transform), list(transform.sparse))
 
 
+def module_name(table: str) -> str:
+    """A table's name inside the model: prefixed, since torch refuses modules called `type`, `forward` or the like."""
+    return f"t_{table}"
+
+
 def _one_pooling(transform: Transform, features: Sequence[str]) -> str:
     # a single id pools alike by mean and by sum, so it goes with whatever the table's bags want
     bags = {pooling_of(transform, f) for f in features if isinstance(transform.sparse[f], MultiFeature)}
-    if len(bags) > 1:
-        raise ValueError(f"features {', '.join(features)} share a table but pool differently: give them one pooling")
+    assert len(bags) < 2, "the schema refuses a table that is pooled in two ways"
     return bags.pop() if bags else "sum"

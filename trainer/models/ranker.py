@@ -49,16 +49,14 @@ class Ranker(nn.Module):
         return self.head(dense_BI, pooled_BD), pooled_BD
 
 
-def mlp(sizes: Sequence[int], dropout: float = 0.0, last_linear: bool = False) -> nn.Sequential:
-    """Linear layers with ReLU and dropout after each, but for the last where `last_linear`."""
+def mlp(sizes: Sequence[int], dropout: float = 0.0) -> nn.Sequential:
+    """Linear layers with ReLU and dropout after each."""
     layers: list[nn.Module] = []
-    for i, (n_in, n_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True):
         linear = nn.Linear(n_in, n_out)
         nn.init.xavier_uniform_(linear.weight)
         nn.init.zeros_(linear.bias)
-        layers.append(linear)
-        if not (last_linear and i == len(sizes) - 2):
-            layers.append(nn.ReLU())
-            if dropout:
-                layers.append(nn.Dropout(dropout))
+        layers += [linear, nn.ReLU()]
+        if dropout:
+            layers.append(nn.Dropout(dropout))
     return nn.Sequential(*layers)
