@@ -118,7 +118,7 @@ def to_array(values: list[Any], feature: Any, field: str) -> pa.Array:
 def _number(value: Any, field: str) -> float | None:
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
-    if isinstance(value, int | float | str):
+    if isinstance(value, int | float) or (isinstance(value, str) and "_" not in value):
         try:
             return float(value)
         except (ValueError, OverflowError):

@@ -64,6 +64,8 @@ def parse_request(body: Any, max_candidates: int) -> RankRequest:
         request = RankRequest.model_validate(body)
     except ValidationError as error:
         raise _first_problem(error, body) from None
+    for key in request.user:  # the answer names those that no feature reads
+        utf8(key, "user")
     for candidate in request.candidates:
         if isinstance(candidate, str):
             utf8(candidate, "candidates")

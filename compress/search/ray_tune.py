@@ -192,6 +192,8 @@ def run_trials(
     """Run the plans that trials.jsonl does not hold yet, in parallel, and return all results."""
     path = out / "trials.jsonl"
     finished = read_trials(path)
+    # a line that a crash cut short must not swallow the next one
+    write_text(path, "".join(json.dumps(trial) + "\n" for trial in finished.values()))
     keys = [p.model_dump(mode="json") for p in wanted]
     missing = [k for k in keys if json.dumps(k) not in finished]
     progress("trials", len(keys) - len(missing), len(keys))

@@ -41,6 +41,8 @@ def without(key: str) -> dict[str, Any]:
         ],
         *[({**GOOD, "k": k}, "k", "integer") for k in ("5", 1.0, 2.5, True, None, [], {})],
         *[({**GOOD, "k": k}, "k", "greater than or equal to 1") for k in (0, -1)],
+        ({**GOOD, "user": {"\ud800": 1}}, "user", "not valid Unicode"),
+        *[({**GOOD, "candidates": c}, "candidates", "not valid Unicode") for c in (["\ud800"], [7, "a", "b\udfff"])],
         ({**GOOD, "limit": 3}, "limit", "not part of a rank request"),
         ({**GOOD, "K": 3}, "K", "not part of a rank request"),
     ],

@@ -140,6 +140,14 @@ def test_keys_that_no_feature_reads_are_told(reader: FeatureReader) -> None:
     assert ignored == ["click", "zodiac"]
 
 
+def test_item_side_keys_of_the_user_are_ignored_beside_catalogue_ids(reader: FeatureReader) -> None:
+    user = {"age": 3, "price": "no number", "genres": "Drama", "item_id": "i2"}
+    found, ignored = reader.read(user, ["i1"])
+    assert ignored == ["genres", "item_id", "price"]
+    assert same(found, reader.read({"age": 3}, ["i1"])[0])
+    assert reader.read({"age": 3, "genres": "Drama"}, [{"item_id": "i1"}])[1] == []
+
+
 @pytest.mark.parametrize("value", [1000, 1000.0, "1000"])
 def test_ids_are_read_as_text(reader: FeatureReader, value: object) -> None:
     found, _ = reader.read({"user_id": value}, ["i1"])
