@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -251,9 +252,11 @@ def serve(
 ) -> None:
     """Serve an artifact over HTTP with Ray Serve until Ctrl-C."""
     from cluster.runs import serve_config
-    from cluster.session import ray_session
+    from cluster.session import quiet, ray_session
     from compress.artifact import load_artifact
 
+    if not debug:
+        quiet()
     options = serve_config(artifact, config, host, port)
     version = load_artifact(artifact).version
     with ray_session(address, debug=debug):
@@ -298,6 +301,10 @@ def demo(
 ) -> None:
     """The whole loop on a real log: fetch, prepare, train, tune, serve, ask."""
     from cluster.demo import run_demo
+    from cluster.session import quiet
+
+    if not debug:
+        quiet()
     from serve.app import check_port
 
     check_port("127.0.0.1", port or 8000)
@@ -309,9 +316,10 @@ def demo(
 
 
 def wait_for_signal() -> None:
-    """Block until Ctrl-C or a request to terminate."""
-    while True:
-        time.sleep(3600)
+    """Block until Ctrl-C, which is how a server is meant to end."""
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(3600)
 
 
 def size_lines(result: dict[str, Any]) -> list[str]:

@@ -169,5 +169,5 @@ def wait_ready(url: str, timeout_s: float) -> None:
 
 
 def stop() -> None:
-    """Take the application down; Ray itself is left to whoever started it."""
-    serve.shutdown()
+    """Take the application down; Ray and its Serve instance are left to whoever started them."""
+    serve.delete(APP_NAME)

@@ -80,16 +80,17 @@ class FeatureReader:
             columns[column] = mine
         return encode(self.whole, columns, rows, "candidates")
 
-    def describe(self, candidates: Sequence[Any], index: int) -> tuple[str | int, str | None]:
-        """The id that an answer gives for a candidate, and its title where the catalogue has one."""
-        candidate = candidates[index]
-        if isinstance(candidate, dict):
-            given = candidate.get(self.item_column) if self.item_column else None
-            return (given if isinstance(given, str | int) else index), None
+    def describe(self, candidates: Sequence[Any], chosen: Sequence[int]) -> list[tuple[str | int, str | None]]:
+        """The id that an answer gives for each chosen candidate, and its title where the catalogue has one."""
+        picked = [candidates[i] for i in chosen]
+        if isinstance(candidates[0], dict):
+            given = [row.get(self.item_column) if self.item_column else None for row in picked]
+            return [(g if isinstance(g, str | int) else i, None) for g, i in zip(given, chosen, strict=True)]
         assert self.catalogue is not None
-        keys, _ = hash_ids(pa.array([str(candidate)]), str(self.item_column))
+        keys, _ = hash_ids(pa.array([str(c) for c in picked]), str(self.item_column))
         found, known = self.catalogue.find(keys)
-        return candidate, self.catalogue.titles[found[0]] if known[0] else None
+        titles = [self.catalogue.titles[at] if k else None for at, k in zip(found, known, strict=True)]
+        return list(zip(picked, titles, strict=True))
 
 
 def encode(transform: Transform, columns: dict[str, pa.Array], rows: int, where: str) -> Encoded:

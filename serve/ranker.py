@@ -60,9 +60,9 @@ class Ranker:
     def _answer(self, request: RankRequest, logits_KT: np.ndarray, ignored: list[str], ms: float) -> RankResponse:  # noqa: N803
         scores_KT = sigmoid(logits_KT)  # noqa: N806
         tasks = self.artifact.model.tasks
+        top = np.argsort(-scores_KT[:, 0], kind="stable")[: request.k].tolist()
         items = []
-        for index in np.argsort(-scores_KT[:, 0], kind="stable")[: request.k]:
-            name, title = self.reader.describe(request.candidates, int(index))
+        for index, (name, title) in zip(top, self.reader.describe(request.candidates, top), strict=True):
             every = dict(zip(tasks, scores_KT[index].tolist(), strict=True)) if len(tasks) > 1 else None
             items.append(RankedItem(id=name, score=float(scores_KT[index, 0]), title=title, scores=every))
         return RankResponse(
