@@ -18,8 +18,8 @@ import click
 from cluster.output import Progress, duration, emit, size
 from trainer.errors import SlimrankError
 
-FOLDER = click.Path(path_type=Path, file_okay=False)
-FILE = click.Path(path_type=Path, dir_okay=False)
+FOLDER = click.Path(path_type=Path, file_okay=False, resolve_path=True)
+FILE = click.Path(path_type=Path, dir_okay=False, resolve_path=True)
 
 
 class Group(click.Group):
@@ -35,7 +35,7 @@ class Group(click.Group):
             click.echo(f"error: {error}", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
-            click.echo("stopped; what was finished is kept", err=True)
+            click.echo("stopped; what was finished is kept: train and tune go on from it with --resume", err=True)
             ctx.exit(130)
 
 
@@ -107,10 +107,12 @@ def data_prepare(
     """Raw log -> prepared Parquet: splits, vocabularies, transforms, statistics."""
     from cluster.runs import load
     from cluster.session import ray_session
+    from trainer.data.log import check_log
     from trainer.files import check_new
 
     run = load(config, input_override)
     check_new(out)
+    check_log(run.data)
     with ray_session(address, debug=debug):
         from trainer.data.prepare import prepare
 
@@ -335,7 +337,8 @@ def size_lines(result: dict[str, Any]) -> list[str]:
 def metric_lines(metrics: dict[str, Any], label: str) -> list[str]:
     """Metrics of one task, or of several, for people."""
     if "auc" not in metrics:
-        return [line for task, inner in metrics.items() for line in metric_lines(inner, f"{label} {task}")]
+        tasks = {task: inner for task, inner in metrics.items() if isinstance(inner, dict)}
+        return [line for task, inner in tasks.items() for line in metric_lines(inner, f"{label} {task}")]
     return [
         f"{label}: AUC {metrics['auc']:.5f}  NE {metrics['ne']:.5f}  log loss {metrics['log_loss']:.5f}"
         f"  calibration {metrics['calibration']:.4f}"

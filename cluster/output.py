@@ -40,6 +40,7 @@ class Progress:
         self.shown = 0
         self.last = time.monotonic()
         self.started: dict[str, float] = {}
+        self.printed: set[str] = set()
 
     def step(self, what: str, done: int, total: int) -> None:
         """`done` of `total` units of `what` are finished."""
@@ -47,7 +48,11 @@ class Progress:
         begun = self.started.setdefault(what, now)
         known = done > 2 and now - begun > 2.0  # the first units pay for starting up
         left = f"  {duration((now - begun) / done * (total - done))} left" if known and done < total else ""
-        self.show(f"  {what}: {done:,} of {total:,}{left}", final=done >= total)
+        text, whole = f"  {what}: {done:,} of {total:,}{left}", done >= total
+        if not self.moving and whole and what in self.printed:
+            self.line(text)  # a log that showed the start shows the end
+        elif self.show(text, final=whole):
+            self.printed.add(what)
 
     def training(self, latest: dict[str, Any], lines: list[str]) -> None:
         """What a training run told: its latest count, and lines on evaluations."""
@@ -58,14 +63,17 @@ class Progress:
             left = f"at most {duration(latest['left_s'])} left"
             self.show(f"  train: {latest['samples']:,} of {latest['total']:,}  {rate}  {left}")
 
-    def show(self, text: str, final: bool = False) -> None:
-        """Replace the moving line, or print a plain one if the last is long ago."""
+    def show(self, text: str, final: bool = False) -> bool:
+        """Replace the moving line, or print a plain one if the last is long ago; tells whether it was shown."""
         if self.moving:
             sys.stderr.write("\r" + text.ljust(self.shown) + ("\n" if final else ""))
             self.shown = 0 if final else len(text)
             sys.stderr.flush()
         elif time.monotonic() - self.last >= PLAIN_EVERY_S:
             self.line(text)
+        else:
+            return False
+        return True
 
     def line(self, text: str) -> None:
         """A line that stays."""

@@ -26,6 +26,7 @@ QUIET = {
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would end a search half done as if it were whole
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "TORCH_LOGS": "-torch.fx",
 }

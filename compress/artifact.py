@@ -110,7 +110,9 @@ def verify_files(folder: Path, manifest: dict[str, Any]) -> None:
         if not path.is_file():
             raise ArtifactError(f"{path}: missing from the artifact: compress again, or restore the file")
         if sha256(path) != expected:
-            raise ArtifactError(f"{path}: {path.stat().st_size} bytes that are not those written: restore the file")
+            raise ArtifactError(
+                f"{path}: altered or cut short since it was written: restore the file, or compress again"
+            )
 
 
 def load_artifact(folder: Path, *, verify: bool = True) -> Artifact:

@@ -20,7 +20,7 @@ from compress.artifact import load_artifact
 from serve.config import ServeConfig
 from serve.errors import RequestError
 from serve.ranker import Ranker
-from serve.request import RankRequest, RankResponse, parse_request
+from serve.request import RankRequest, RankResponse, parse_request, refuse_constant
 from trainer.errors import SlimrankError
 
 APP_NAME = "slimrank"
@@ -56,7 +56,7 @@ async def read_json(request: Request, limit: int) -> Any:
             raise RequestError("body", f"larger than {limit:,} bytes", 413)
         parts.append(part)
     try:
-        return json.loads(b"".join(parts))
+        return json.loads(b"".join(parts), parse_constant=refuse_constant)
     except (ValueError, RecursionError):
         raise RequestError("body", "is not valid JSON", 400) from None
 
@@ -133,7 +133,10 @@ def start(artifact: Path, config: ServeConfig) -> str:
     Raises: SlimrankError when the port is taken or the server does not come up in time.
     """
     check_port(config.host, config.port)
+    quiet = logging.getLogger().level >= logging.ERROR
     serve.start(http_options={"host": config.host, "port": config.port}, logging_config={"log_level": "WARNING"})
+    if quiet:  # starting Serve has just set its logger up to tell of every step
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
     deployment = RankerApp.options(  # type: ignore[attr-defined]
         name="ranker",
         max_ongoing_requests=config.max_ongoing_requests,

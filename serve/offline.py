@@ -10,7 +10,7 @@ from compress.artifact import load_artifact
 from serve.config import ServeConfig
 from serve.errors import RequestError
 from serve.ranker import Ranker
-from serve.request import parse_request
+from serve.request import parse_request, refuse_constant
 
 
 def rank_file(artifact: Path, request_file: Path) -> dict[str, Any]:
@@ -19,7 +19,9 @@ def rank_file(artifact: Path, request_file: Path) -> dict[str, Any]:
     Raises: SlimrankError when the artifact cannot be loaded or the request is refused, naming its field.
     """
     try:
-        body = json.loads(request_file.read_text(encoding="utf-8"))
+        body = json.loads(request_file.read_text(encoding="utf-8"), parse_constant=refuse_constant)
+    except FileNotFoundError:
+        raise RequestError("request", f"{request_file}: no such file: give a file with the body of a request") from None
     except (OSError, ValueError, RecursionError) as error:
         raise RequestError("body", f"{request_file}: not a readable JSON file: {error}") from None
     request = parse_request(body, ServeConfig().max_candidates)

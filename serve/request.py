@@ -72,6 +72,11 @@ def parse_request(body: Any, max_candidates: int) -> RankRequest:
     return request
 
 
+def refuse_constant(name: str) -> None:
+    """Raises: ValueError for NaN and Infinity, which Python's parser takes and JSON does not know."""
+    raise ValueError(f"{name} is not JSON")
+
+
 def utf8(text: str, field: str) -> str:
     """The text itself. Raises: RequestError when it holds half of a surrogate pair, which JSON allows and UTF-8 not."""
     try:

@@ -89,7 +89,11 @@ def describe(error: ValidationError, where: str) -> str:
         path = ".".join(str(p) for p in problem["loc"]) or "top level"
         rule = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            rule = "unknown key: remove it, or check its spelling against the README"
+            rule = "unknown key: remove it, or correct its spelling (docs/config.md lists all)"
+        elif problem["type"] == "union_tag_invalid":
+            rule = f"kind {problem['ctx']['tag']!r} is unknown: use one of {problem['ctx']['expected_tags']}"
+        elif problem["type"] == "union_tag_not_found":
+            rule = "kind is missing: use categorical, multi or numeric"
         elif problem["type"] == "missing":
             rule = "missing: add it"
         elif not isinstance(problem.get("input"), dict | list | BaseModel):
@@ -106,7 +110,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file: give the path of a run's YAML") from None
+        raise ConfigError(f"{path}: no such file: check the path") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:

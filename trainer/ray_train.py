@@ -5,8 +5,11 @@ The loop is in `train_worker`; what a step, an evaluation or a checkpoint is liv
 
 from __future__ import annotations
 
+import json
 import logging
+import signal
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -22,6 +25,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
 from trainer.checkpoint import (
+    MANIFEST,
     Checkpoint,
     Position,
     init_optimizer_state,
@@ -225,10 +229,10 @@ def evaluate_and_save(worker: Worker, position: Position, batches: int) -> Posit
     stored = position if position.batch < batches else replace(position, epoch=position.epoch + 1, batch=0)
     worker.report(stored, metrics)
     if worker.rank == 0:
-        shown = metrics if "auc" in metrics else next(iter(metrics.values()))
-        line = f"epoch {position.epoch + position.batch / batches:.2f}  {position.samples:,} samples  "
-        line += f"val NE {ne:.5f}  AUC {shown['auc']:.5f}  log loss {shown['log_loss']:.5f}{'  best' if better else ''}"
-        worker.teller.tell({}, line)
+        by_task = {"": metrics} if "auc" in metrics else {f"{task} ": m for task, m in metrics.items()}
+        shown = "  ".join(f"{task}NE {m['ne']:.5f}  AUC {m['auc']:.5f}" for task, m in by_task.items())
+        line = f"epoch {position.epoch + position.batch / batches:.2f}  {position.samples:,} samples  val {shown}"
+        worker.teller.tell({}, line + ("  best" if better else ""))
     return position
 
 
@@ -271,6 +275,9 @@ def train(
         check_new(out)
     elif not out.exists():
         raise ConfigError(f"{out}: nothing to resume there: leave out --resume to start a run")
+    else:
+        check_resumes(run, dataset, out)
+    before = speed_before(out)
     use_gpu = ray.cluster_resources().get("GPU", 0) >= run.train.workers
     check_room(run.train.workers)
     started = time.monotonic()
@@ -293,17 +300,54 @@ def train(
             ),
         )
         try:
-            result = trainer.fit()
+            result = fit_or_interrupt(trainer)
         except ray.train.v2.api.exceptions.TrainingFailedError as error:
             raise_user_error(error)
             raise
     summary = dict(result.return_value)
+    if summary["samples_per_s"] is None and before is not None:  # nothing was left to train
+        summary["samples_per_s"] = before
     write_json(out / "train.json", {**summary, "workers": run.train.workers, "seconds": time.monotonic() - started})
     return {
         "checkpoint": str(out / summary["best"]),
         **{k: summary[k] for k in ("samples", "samples_per_s", "val", "test")},
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def fit_or_interrupt(trainer: TorchTrainer) -> Any:
+    """Run a trainer; Ctrl-C ends it as KeyboardInterrupt (Ray Train's own handler aborts and exits the process)."""
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT) if main else None
+    try:
+        return trainer.fit()
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, handler)
+
+
+def check_resumes(run: RunConfig, dataset: Dataset, out: Path) -> None:
+    """Raises: ConfigError when the run in `out` has another model or data than the one to go on with."""
+    kept = sorted(p for p in out.glob("step-*") if (p / MANIFEST).exists())
+    if not kept:
+        return
+    checkpoint = open_checkpoint(kept[-1], verify=False)
+    if checkpoint.run.model != run.model:
+        was, now = checkpoint.run.model.model_dump(), run.model.model_dump()
+        key = next(k for k in was if was[k] != now[k])
+        raise ConfigError(f"{out}: trained with model.{key} {was[key]}, the config says {now[key]}: start a new --out")
+    if checkpoint.fingerprint != dataset.transform.fingerprint():
+        raise DataError(f"{dataset.folder}: not the prepared data that {out} was trained on: give that one to --data")
+
+
+def speed_before(out: Path) -> float | None:
+    """samples_per_s of the run that ended in `out` before, if one did."""
+    try:
+        return json.loads((out / "train.json").read_text(encoding="utf-8"))["samples_per_s"]
+    except (OSError, KeyError, ValueError):
+        return None
 
 
 def raise_user_error(error: BaseException) -> None:
@@ -323,6 +367,14 @@ def check_fits(run: RunConfig, dataset: Dataset) -> None:
     wanted = [f.model_dump() for f in run.data.features], [t.model_dump() for t in run.data.tasks]
     if wanted != ([f.model_dump() for f in prepared.features], [t.model_dump() for t in prepared.tasks]):
         raise DataError(f"{dataset.folder}: prepared with other features or tasks than the config's: prepare it again")
+    for table in dataset.transform.tables.values():
+        owner = dataset.transform.sparse[table.name]
+        wanted_dim = owner.dim or run.model.embedding_dim
+        if table.embedding_dim != wanted_dim:
+            raise DataError(
+                f"{dataset.folder}: table {table.name} was prepared with embedding_dim {table.embedding_dim}, "
+                f"the config says {wanted_dim}: prepare the data again"
+            )
     smallest = min(dataset.rows("train"), dataset.rows("val"), dataset.rows("test"))
     if smallest < run.train.workers:
         raise DataError(f"{dataset.folder}: a split has {smallest} rows, fewer than {run.train.workers} workers")

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from cluster.cli import main
+from cluster.cli import main, metric_lines
 
 CONFIG = {
     "name": "small",
@@ -130,3 +130,17 @@ def test_every_command_has_help(command: list[str]) -> None:
 def test_module_is_the_same_command() -> None:
     done = subprocess.run([sys.executable, "-m", "cluster", "--help"], capture_output=True, text=True, check=True)
     assert "Train a TorchRec ranker" in done.stdout
+
+
+def test_metric_lines_of_several_tasks_name_each() -> None:
+    quality = {"auc": 0.7, "ne": 0.9, "log_loss": 0.5, "calibration": 1.0}
+    lines = metric_lines({"rows": 100, "click": quality, "buy": quality}, "test")
+    assert [line.split(":")[0] for line in lines] == ["test click", "test buy"]
+
+
+def test_prepare_refuses_a_missing_column_before_ray_starts(workdir: Path) -> None:
+    import ray
+
+    config = write_config(workdir, data__features=[{"name": "city", "kind": "categorical"}])
+    refused(run("data", "prepare", "--config", config, "--out", workdir / "out"), "'city'", "log.parquet")
+    assert not ray.is_initialized()

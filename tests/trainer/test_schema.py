@@ -29,8 +29,11 @@ def refused(tmp_path, **data) -> str:
 @pytest.mark.parametrize(
     ("features", "says"),
     [
-        ([CAT | {"kind": "dense"}], "data.features.0: Input tag 'dense' found using 'kind' does not match"),
-        ([{"name": "a"}], "data.features.0: Unable to extract tag using discriminator 'kind'"),
+        (
+            [CAT | {"kind": "dense"}],
+            "data.features.0: kind 'dense' is unknown: use one of 'categorical', 'multi', 'numeric'",
+        ),
+        ([{"name": "a"}], "data.features.0: kind is missing"),
         ([CAT | {"sizes": 3}], "data.features.0.categorical.sizes: unknown key"),
         ([CAT, CAT], "feature 'a' is named twice"),
         ([CAT, NUM | {"name": "a"}], "feature 'a' is named twice"),

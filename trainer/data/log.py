@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import glob
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,7 @@ class LogFile:
     path: str
     split: str | None
     is_csv: bool
+    origin: str  # what the user knows it as: the CSV file, where `path` is its Parquet copy
 
 
 def find_files(data: DataConfig) -> list[LogFile]:
@@ -68,7 +70,7 @@ def find_files(data: DataConfig) -> list[LogFile]:
         paths = [p for p in paths if Path(p).is_file()]
         if not paths:
             raise DataError(f"{pattern}: no file matches: correct data.input, or pass --input")
-        files += [LogFile(path, split, _is_csv(path, data)) for path in paths]
+        files += [LogFile(path, split, _is_csv(path, data), path) for path in paths]
     return files
 
 
@@ -108,8 +110,34 @@ def fragments_of(files: Sequence[LogFile], data: DataConfig) -> list[Fragment]:
                     start += rows
                     groups, rows = [], 0
     if not fragments:
-        raise DataError(f"{files[0].path}: the log has no rows")
+        raise DataError(f"{files[0].origin}: the log has no rows")
     return fragments
+
+
+def check_log(data: DataConfig) -> None:
+    """Look at every file's header or footer, so that a mistake shows before any work starts.
+
+    Raises: DataError as `find_files` and `fragments_of` do.
+    """
+    files = find_files(data)
+    for file in files:
+        if file.is_csv:
+            check_columns(file.path, csv_header(file.path, data), data)
+    parquet = [f for f in files if not f.is_csv]
+    if parquet:
+        fragments_of(parquet, data)
+
+
+def csv_header(path: str, data: DataConfig) -> list[str]:
+    """The column names in a CSV file's first line. Raises: DataError when it has none."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            names = next(csv.reader(file, delimiter=data.delimiter), [])
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read as CSV: {error}") from None
+    if not names:
+        raise DataError(f"{path}: cannot be read as CSV: the file is empty: its first line must name the columns")
+    return names
 
 
 def check_columns(path: str, present: Sequence[str], data: DataConfig) -> None:
@@ -132,9 +160,9 @@ def csv_to_parquet(source: str, target: str, data: DataConfig) -> None:
     """
     numeric = {f.source for f in data.features if isinstance(f, NumericFeature)} | {t.column for t in data.tasks}
     types = {c: pa.float64() if c in numeric else pa.string() for c in data.columns}
+    header = csv_header(source, data)
+    check_columns(source, header, data)
     try:
-        with open(source, newline="", encoding="utf-8-sig") as file:
-            check_columns(source, next(csv.reader(file, delimiter=data.delimiter), []), data)
         reader = pa_csv.open_csv(
             source,
             read_options=pa_csv.ReadOptions(block_size=CSV_BLOCK_BYTES),
@@ -144,5 +172,6 @@ def csv_to_parquet(source: str, target: str, data: DataConfig) -> None:
         with pq.ParquetWriter(target, reader.schema) as writer:
             for block in reader:
                 writer.write_batch(block)
-    except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowInvalid) as error:
-        raise DataError(f"{source}: cannot be read as CSV: {str(error).splitlines()[0]}") from None
+    except (OSError, UnicodeDecodeError, pa.ArrowInvalid) as error:
+        reason = re.sub(r"CSV column #(\d+)", lambda m: f"column {header[int(m[1])]!r}", str(error).splitlines()[0])
+        raise DataError(f"{source}: cannot be read as CSV: {reason}") from None

@@ -11,7 +11,7 @@ import logging
 import pickle
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,8 +75,8 @@ def timestamps(raw: pa.Table, data: DataConfig) -> np.ndarray:
         parsed = pd.to_datetime(pd.Series(column.to_pylist()), utc=True, format="ISO8601", errors="coerce")
         times = np.where(parsed.isna(), np.nan, parsed.dt.as_unit("us").astype("int64").to_numpy(np.float64))
     if np.isnan(times).any():
-        bad = int(np.isnan(times).argmax())
-        raise DataError(f"column {name!r}: row {bad} of a fragment holds {column[bad].as_py()!r}, not a time")
+        bad = column[int(np.isnan(times).argmax())].as_py()
+        raise DataError(f"column {name!r}: holds {bad!r}, which is no time: use numbers, timestamps or ISO 8601 text")
     return times
 
 
@@ -250,7 +250,7 @@ def _as_parquet(files: list, data: DataConfig, staging: Path, progress: ReportPr
     targets = {i: str(staging / f".csv-{i:05d}.parquet") for i, _ in csv}
     jobs = [(f.path, targets[i]) for i, f in csv]
     _map(lambda job: csv_to_parquet(job[0], job[1], data), jobs, "read csv", progress)
-    return [type(f)(targets[i], f.split, False) if f.is_csv else f for i, f in enumerate(files)]
+    return [replace(f, path=targets[i], is_csv=False) if f.is_csv else f for i, f in enumerate(files)]
 
 
 def _fit_splitter(fragments: Sequence[Fragment], data: DataConfig, progress: ReportProgress) -> Splitter:
@@ -306,9 +306,10 @@ def check_splits(rows: dict[str, int], positives: dict[str, list[int]], data: Da
             raise DataError(f"split {split}: no rows: check data.split ({data.split.model_dump(exclude_none=True)})")
         for task, count in zip(data.tasks, positives[split], strict=True):
             if count in (0, rows[split]):
+                rule = "" if task.positive is None else f" and positive {task.positive!r}"
                 raise DataError(
                     f"task {task.name!r}: all {rows[split]} labels of split {split} are {int(count > 0)}: a ranker "
-                    f"needs both classes: check column {task.column!r} and positive {task.positive!r}, or the split"
+                    f"needs both classes: check column {task.column!r}{rule}, or the split"
                 )
 
 
