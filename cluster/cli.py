@@ -177,7 +177,9 @@ def evaluate(model: Path, data_dir: Path, split: Any, as_json: bool, address: st
 @main.command()
 @click.option("--checkpoint", type=FOLDER, required=True, help="A checkpoint, or a training run's folder.")
 @click.option("--data", "data_dir", type=FOLDER, required=True, help="What the checkpoint was trained on.")
-@click.option("--plan", "plan_file", type=FILE, help="What to do to each table; every row in INT8 by default.")
+@click.option(
+    "--plan", "plan_file", type=FILE, help="What to do to each table; the run's compress section by default, else INT8."
+)
 @click.option(
     "--split", type=click.Choice(["val", "test"]), default="test", show_default=True, help="Where to compare."
 )

@@ -29,11 +29,14 @@ def compress_checkpoint(
 ) -> dict[str, Any]:
     """Write an artifact and compare it with its checkpoint on a split; returns what `compress --json` prints.
 
+    The plan is the file's, else the `compress` section of the checkpoint's run.
+
     Raises: SlimrankError for a bad plan, checkpoint, data folder or output folder, before anything is written.
     """
     check_new(out)
-    plan = CompressionPlan() if plan_file is None else load_plan(plan_file)
+    asked = None if plan_file is None else load_plan(plan_file)
     checkpoint, dataset = open_checkpoint(checkpoint_path), open_dataset(data)
+    plan = asked or CompressionPlan.model_validate(checkpoint.run.compress)
     check_belongs(checkpoint, dataset)
     profiles = profile_tables(checkpoint, dataset, progress)
     resolve(plan, profiles)

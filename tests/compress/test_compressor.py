@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -245,3 +247,13 @@ def test_compress_checkpoint_refuses_before_it_writes(world: World, stranger: Wo
     with pytest.raises(DataError, match="trained on"):
         compress_checkpoint(world.checkpoint.folder, stranger.dataset.folder, None, tmp_path / "a", "val", quiet)
     assert not (tmp_path / "a").exists()
+
+
+def test_compress_checkpoint_without_a_plan_takes_the_runs_own(world: World, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(world.checkpoint.folder, folder)
+    manifest = json.loads((folder / "checkpoint.json").read_text())
+    manifest["run"]["compress"] = {"default": {"bits": 16}}
+    (folder / "checkpoint.json").write_text(json.dumps(manifest))
+    compress_checkpoint(folder, world.dataset.folder, None, tmp_path / "a", "val", quiet)
+    assert {t["bits"] for t in json.loads((tmp_path / "a" / "manifest.json").read_text())["tables"]} == {16}
