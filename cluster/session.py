@@ -17,16 +17,18 @@ from collections.abc import Iterator
 from trainer.errors import ConfigError
 
 # said before Ray is imported or started: they are read once
+ALWAYS = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would end a search half done as if it were whole
+}
 QUIET = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would end a search half done as if it were whole
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "TORCH_LOGS": "-torch.fx",
 }
@@ -39,6 +41,8 @@ def ray_session(address: str | None = None, *, debug: bool = False) -> Iterator[
     Without an address: the cluster named by RAY_ADDRESS (set inside a submitted job), else a local Ray of our own.
     Raises: ConfigError when there is no cluster at the address.
     """
+    for key, value in ALWAYS.items():
+        os.environ.setdefault(key, value)
     if not debug:
         quiet()
     import ray

@@ -12,7 +12,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from cluster.session import QUIET, quiet
+from cluster.session import ALWAYS, QUIET, quiet
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,7 +29,7 @@ def ray_local() -> Iterator[None]:
     import ray
 
     quiet()
-    os.environ.update(QUIET)
+    os.environ.update(ALWAYS | QUIET)
     folder = tempfile.mkdtemp(prefix="slimrank-ray-", dir="/tmp")  # socket paths have a limit: keep it short
     ray.init(
         address="local",
