@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from compress.artifact import is_artifact, load_artifact
-from compress.compressor import check_belongs
+from compress.compressor import data_of
 from compress.model import CompressedModel, model_of_checkpoint, score_split
 from trainer.checkpoint import MANIFEST, open_checkpoint
 from trainer.data.dataset import Dataset, SplitName
@@ -29,8 +29,7 @@ def open_model(path: Path, dataset: Dataset) -> CompressedModel:
             f"{path}: neither a checkpoint nor an artifact: give the folder that 'train' or 'tune' wrote"
         )
     checkpoint = open_checkpoint(path)
-    check_belongs(checkpoint, dataset)
-    return model_of_checkpoint(checkpoint, dataset.transform)
+    return model_of_checkpoint(checkpoint, data_of(checkpoint, dataset).transform)
 
 
 def evaluate(model: CompressedModel, dataset: Dataset, split: SplitName) -> dict[str, Any]:

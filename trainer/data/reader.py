@@ -11,7 +11,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 
 from trainer.data import encoded
 from trainer.data.batch import Batch, to_batch
-from trainer.data.dataset import DENSE, GROUP, LABELS, Dataset, SplitName, sparse_column
-from trainer.data.encoded import Encoded, Ragged, from_column
+from trainer.data.dataset import DENSE, GROUP, LABELS, Dataset, SplitName
+from trainer.data.encoded import Encoded, from_columns
 from trainer.data.transform import OOV_ROW, flat
 from trainer.errors import DataError
 
@@ -154,7 +154,7 @@ class Reader:
         sparse = {}
         for name, ragged in rows.encoded.sparse.items():
             hit = rng.random(len(ragged.values), dtype=np.float32) < self.oov_rate
-            sparse[name] = Ragged(np.where(hit, OOV_ROW, ragged.values), ragged.lengths)
+            sparse[name] = replace(ragged, values=np.where(hit, OOV_ROW, ragged.values))
         return Rows(Encoded(sparse, rows.encoded.dense), rows.labels, rows.groups)
 
 
@@ -165,7 +165,8 @@ def read_chunk(dataset: Dataset, chunk: Chunk) -> Rows:
             table = file.read_row_group(chunk.row_group)
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{chunk.path}: cannot be read: {str(error).splitlines()[0]}: prepare the data again") from None
-    sparse = {name: from_column(flat(table[sparse_column(name)])) for name in dataset.transform.sparse}
+    transform = dataset.transform
+    sparse = {name: from_columns(table, name, transform.positions(name)) for name in transform.sparse}
     if DENSE in table.column_names:
         dense = flat(table[DENSE]).flatten().to_numpy().reshape(len(table), -1)
     else:
