@@ -35,7 +35,7 @@ from trainer.errors import DataError, SlimrankError
 from trainer.files import new_directory, write_json
 from trainer.progress import ReportProgress
 
-ROW_GROUP_ROWS = 65_536
+ROW_GROUP_ROWS = 16_384  # a training rank holds some row groups of each of its lanes at once
 SAMPLE_ROWS = 256
 
 
