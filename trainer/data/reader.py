@@ -377,10 +377,10 @@ def read_chunk(dataset: Dataset, chunk: Chunk) -> Rows:
         raise DataError(f"{chunk.path}: cannot be read: {str(error).splitlines()[0]}: prepare the data again") from None
     sparse = {name: from_column(flat(table[sparse_column(name)])) for name in dataset.transform.sparse}
     if DENSE in table.column_names:
-        dense = flat(table[DENSE]).flatten().to_numpy().reshape(len(table), -1)
+        dense = flat(table[DENSE]).flatten().to_numpy().reshape(len(table), -1).copy()  # torch wants it writable
     else:
         dense = np.zeros((len(table), 0), dtype=np.float32)
-    labels = flat(table[LABELS]).flatten().to_numpy().reshape(len(table), -1)
+    labels = flat(table[LABELS]).flatten().to_numpy().reshape(len(table), -1).copy()
     groups = flat(table[GROUP]).to_numpy() if GROUP in table.column_names else None
     return Rows(Encoded(sparse, dense), labels, groups, np.arange(chunk.first, chunk.first + len(table)))
 
