@@ -100,9 +100,18 @@ def data_synth(
 @click.option("--config", type=FILE, required=True, help="The run's YAML.")
 @click.option("--input", "input_override", metavar="GLOB", help="Raw log to read in place of data.input.")
 @click.option("--out", type=FOLDER, required=True, help="Folder to write the prepared data to.")
+@click.option(
+    "--continue-from", type=FOLDER, metavar="PREPARED", help="Prepared before: keep its rows, append those of new ids."
+)
 @common
 def data_prepare(
-    config: Path, input_override: str | None, out: Path, as_json: bool, address: str | None, debug: bool
+    config: Path,
+    input_override: str | None,
+    out: Path,
+    continue_from: Path | None,
+    as_json: bool,
+    address: str | None,
+    debug: bool,
 ) -> None:
     """Raw log -> prepared Parquet: splits, vocabularies, transforms, statistics."""
     from cluster.runs import load
@@ -116,7 +125,7 @@ def data_prepare(
     with ray_session(address, debug=debug):
         from trainer.data.prepare import prepare
 
-        result = prepare(run, out, Progress().step)
+        result = prepare(run, out, Progress().step, continue_from)
     tables = result["tables"]
     lines = [f"{split}: {count:,} rows" for split, count in result["rows"].items()]
     total = sum(t["num_embeddings"] for t in tables.values())

@@ -93,7 +93,7 @@ def translation(trained: IdMap, own: IdMap, num_embeddings: int) -> np.ndarray:
     if trained.keys is None:
         return np.arange(num_embeddings) if own.remap is None else own.remap.astype(np.int64)
     reserved = [own.row(row) for row in range(RESERVED_ROWS)]
-    return np.concatenate([np.asarray(reserved, dtype=np.int64), own.rows(np.asarray(trained.keys))])
+    return np.concatenate([np.asarray(reserved, dtype=np.int64), own.rows(trained.keys_by_row())])
 
 
 def score_split(model: CompressedModel, dataset: Dataset, split: SplitName) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from compress_builders import World, build_world, prepare_here
+from compress_builders import World, build_world, extended_world, mixed_plan, prepare_here
 
 import compress.model
 from compress.artifact import Artifact
@@ -132,6 +132,12 @@ def test_translation_of_a_vocabulary_finds_each_key() -> None:
     assert translation(trained, own, 5).tolist() == [0, 1, 0, 3, 2]
 
 
+def test_translation_of_an_extended_vocabulary_goes_by_its_rows() -> None:
+    trained = IdMap.of_rows(np.array([20, 30, 10], dtype=np.uint64))
+    own = IdMap(2, np.array([20, 30], dtype=np.uint64), 0, np.array([0, 1, 3, 2], dtype=np.int32))
+    assert translation(trained, own, 5).tolist() == [0, 1, 3, 2, 0]
+
+
 def test_prepared_rows_translate_to_what_raw_rows_encode_to(world: World, artifact: Artifact) -> None:
     """Parity: training rows through the row maps, raw values through the artifact's own transform."""
     raw = world.dataset.sample()
@@ -168,6 +174,28 @@ def test_later_data_with_other_vocabularies_is_scored_alike(world: World, artifa
     _, expected = score_split(artifact.model, world.dataset, "test")
     _, found = score_split(artifact.model, later.dataset, "test")
     assert np.array_equal(found, expected)
+
+
+def test_extended_vocabulary_compresses_and_scores_as_its_checkpoint(world: World, tmp_path: Path) -> None:
+    grown = extended_world(world, tmp_path)
+    old = world.dataset.transform.tables["user_id"].num_embeddings
+    assert grown.dataset.transform.tables["user_id"].num_embeddings > old + 20
+    assert grown.dataset.transform.lineage == (world.dataset.transform.fingerprint(),)
+    exact = grown.artifact(CompressionPlan(default=TablePlan(bits=32)))
+    raw = grown.dataset.sample()
+    np.testing.assert_array_equal(
+        exact.model.score_encoded(exact.model.transform.encode(raw)),
+        grown.fp32.score_encoded(grown.dataset.transform.encode(raw)),
+    )
+    pruned = grown.artifact(mixed_plan())
+    for split in ("val", "test"):
+        np.testing.assert_array_equal(
+            score_split(exact.model, grown.dataset, split)[1], score_split(grown.fp32, grown.dataset, split)[1]
+        )
+    prepared = read_split(grown.dataset, "val", limit=len(raw)).encoded
+    translated, encoded = translate_rows(pruned.model, grown.dataset, prepared), pruned.model.transform.encode(raw)
+    for name, ragged in encoded.sparse.items():
+        np.testing.assert_array_equal(translated.sparse[name].values, ragged.values, err_msg=name)
 
 
 def test_data_encoded_otherwise_is_refused(world: World, two_tasks: World, artifact: Artifact) -> None:

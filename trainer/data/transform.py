@@ -2,7 +2,8 @@
 
 An id is read as text (7, 7.0 and "7" are one id), hashed to 64 bits, and found in its table's vocabulary. Row 0 of
 every table is the out-of-vocabulary row, row 1 stands for a missing value; ids follow in the order of their hashes, so
-rows say nothing of frequency and a row-wise shard gets its share of hot ones. Fitting is in trainer/data/fit.py.
+rows say nothing of frequency and a row-wise shard gets its share of hot ones. A vocabulary that was extended keeps its
+rows and appends those of new ids. Fitting and extending are in trainer/data/fit.py.
 
 Legend: N rows, I dense inputs.
 """
@@ -74,13 +75,31 @@ class IdMap:
 
     A vocabulary holds `keys`: the sorted leading bits (64 - `shift` of them) of its ids' hashes; position p is row
     p + 2. A hash or bucket table has none: the row is 2 + key % `size`. `remap` (num_embeddings,) int32, where there is
-    one, takes these rows to the rows of an artifact.
+    one, takes these rows to the real ones: those of an artifact, or of a vocabulary that was extended.
     """
 
     size: int
     keys: np.ndarray | None = None
     shift: int = 0
     remap: np.ndarray | None = None
+
+    @classmethod
+    def of_rows(cls, keys: np.ndarray) -> IdMap:
+        """The map of a vocabulary's distinct keys (N,) uint64, given in the order of their rows."""
+        if (keys[1:] > keys[:-1]).all():
+            return cls(len(keys), keys)
+        sort = np.argsort(keys, kind="stable")
+        remap = np.concatenate([np.arange(RESERVED_ROWS), sort + RESERVED_ROWS]).astype(np.int32)
+        return cls(len(keys), keys[sort], remap=remap)
+
+    def keys_by_row(self) -> np.ndarray:
+        """The keys (N,) uint64 of a trained vocabulary in the order of their rows, from row 2 on."""
+        assert self.keys is not None, "a hash or bucket table has no keys"
+        if self.remap is None:
+            return np.asarray(self.keys)
+        ordered = np.empty_like(self.keys)
+        ordered[self.remap[RESERVED_ROWS:] - RESERVED_ROWS] = self.keys
+        return ordered
 
     def rows(self, keys: np.ndarray) -> np.ndarray:
         """Table rows (N,) int64 of 64-bit keys (N,) uint64; unknown ids give the out-of-vocabulary row."""
@@ -102,8 +121,9 @@ class IdMap:
 class Transform:
     """The fitted transform of a schema.
 
-    `tables` and `id_maps` by table name, `numerics` by feature name. Immutable by convention: `with_id_maps` makes the
-    artifact's version of it.
+    `tables` and `id_maps` by table name, `numerics` by feature name. `lineage` holds the fingerprints of the transforms
+    that this one extends, oldest first: rows of any of them are rows of this one. Immutable by convention:
+    `with_id_maps` makes the artifact's version of it.
     """
 
     def __init__(
@@ -112,8 +132,10 @@ class Transform:
         tables: dict[str, TableInfo],
         id_maps: dict[str, IdMap],
         numerics: dict[str, NumericStats],
+        lineage: tuple[str, ...] = (),
         weighted: bool | None = None,
     ) -> None:
+        self.lineage = lineage
         self.schema = schema
         self.weighted = schema.weighted if weighted is None else weighted
         self.tables = tables
@@ -128,14 +150,14 @@ class Transform:
 
     def with_id_maps(self, id_maps: dict[str, IdMap]) -> Transform:
         """The same transform, reading other rows."""
-        return Transform(self.schema, self.tables, id_maps, self.numerics, self.weighted)
+        return Transform(self.schema, self.tables, id_maps, self.numerics, self.lineage, self.weighted)
 
     def with_dims(self, features: Sequence[SparseFeature | NumericFeature], default_dim: int) -> Transform:
         """The same transform, its tables as wide as a model's features ask for."""
         asked = {f.name: getattr(f, "dim", None) or default_dim for f in features}
         tables = {name: replace(t, embedding_dim=asked[name]) for name, t in self.tables.items()}
         schema = self.schema.model_copy(update={"features": list(features)})
-        return Transform(schema, tables, self.id_maps, self.numerics, self.weighted)
+        return Transform(schema, tables, self.id_maps, self.numerics, self.lineage, self.weighted)
 
     def table_of(self, feature: str) -> TableInfo:
         """The table that a sparse feature reads."""
@@ -214,7 +236,7 @@ class Transform:
         (folder / "vocabulary").mkdir(parents=True, exist_ok=True)
         for name, id_map in self.id_maps.items():
             if id_map.keys is not None:
-                write_arrow(pa.table({"hash": id_map.keys}), folder / "vocabulary" / f"{name}.arrow")
+                write_arrow(pa.table({"hash": id_map.keys_by_row()}), folder / "vocabulary" / f"{name}.arrow")
         write_json(folder / "transform.json", self.describe())
 
     def describe(self) -> dict[str, Any]:
@@ -222,6 +244,8 @@ class Transform:
         return {
             "format_version": FORMAT_VERSION,
             "fingerprint": self.fingerprint(),
+            "extends": self.lineage[-1] if self.lineage else None,
+            "lineage": list(self.lineage),
             "schema": self.schema.model_dump(mode="json"),
             "tables": [asdict(t) for t in self.tables.values()],
             "numerics": {k: asdict(v) for k, v in self.numerics.items()},
@@ -237,9 +261,8 @@ class Transform:
         features = [{k: v for k, v in f.items() if k != "dim"} for f in features]
         digest.update(json.dumps([features, tables, numerics], sort_keys=True).encode())
         for name in sorted(self.id_maps):
-            keys = self.id_maps[name].keys
-            if keys is not None:
-                digest.update(np.ascontiguousarray(keys).data)
+            if self.id_maps[name].keys is not None:
+                digest.update(np.ascontiguousarray(self.id_maps[name].keys_by_row()).data)
         return digest.hexdigest()[:16]
 
 
@@ -254,10 +277,11 @@ def load_transform(folder: Path) -> Transform:
     for table in tables.values():
         if table.kind == "vocabulary":
             keys = read_arrow(folder / "vocabulary" / f"{table.name}.arrow")["hash"].combine_chunks().to_numpy()
-            id_maps[table.name] = IdMap(table.num_embeddings - RESERVED_ROWS, keys)
+            id_maps[table.name] = IdMap.of_rows(keys)
         else:
             id_maps[table.name] = IdMap(table.num_embeddings - RESERVED_ROWS)
-    return Transform(schema, tables, id_maps, numerics)
+    lineage = json.loads((folder / "transform.json").read_text(encoding="utf-8")).get("lineage", [])
+    return Transform(schema, tables, id_maps, numerics, tuple(lineage))
 
 
 def read_description(path: Path) -> tuple[dict[str, TableInfo], dict[str, NumericStats], DataConfig]:
@@ -449,4 +473,6 @@ def read_arrow(path: Path) -> pa.Table:
 def pick(transform: Transform, features: Sequence[SparseFeature | NumericFeature]) -> Transform:
     """A transform of some of the features only: what the item catalogue or a user's request needs."""
     schema = transform.schema.model_copy(update={"features": list(features)})
-    return Transform(schema, transform.tables, transform.id_maps, transform.numerics, transform.weighted)
+    return Transform(
+        schema, transform.tables, transform.id_maps, transform.numerics, transform.lineage, transform.weighted
+    )
