@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from trainer.data.schema import Config, DataConfig
 from trainer.errors import ConfigError
@@ -82,6 +82,52 @@ class Stage(Config):
     batch_size: int | None = Field(default=None, ge=1)
 
 
+ShardingType = Literal["auto", "table_wise", "column_wise", "row_wise", "table_row_wise", "data_parallel"]
+Kernel = Literal["fused", "fused_uvm", "fused_uvm_caching", "dense"]
+
+
+class TableSharding(Config):
+    """How one table is placed. `type` is train.sharding.default where absent; `kernel` is TorchRec's compute kernel."""
+
+    type: ShardingType | None = None
+    kernel: Kernel | None = None
+    min_partition: int | None = Field(default=None, gt=0, multiple_of=4)
+    cache_load_factor: float | None = Field(default=None, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _options_of_its_kind(self) -> TableSharding:
+        if self.min_partition is not None and self.type != "column_wise":
+            raise ValueError("min_partition is the least width of a column shard: use it with type: column_wise")
+        if self.cache_load_factor is not None and self.kernel != "fused_uvm_caching":
+            raise ValueError("cache_load_factor is of the cache of kernel: fused_uvm_caching: set that kernel too")
+        if self.kernel == "dense" and self.type not in (None, "data_parallel"):
+            raise ValueError("kernel dense is that of data_parallel tables: leave it out, or use type: data_parallel")
+        if self.type == "data_parallel" and self.kernel not in (None, "dense"):
+            raise ValueError(f"a data_parallel table has kernel dense: leave out kernel {self.kernel}")
+        return self
+
+
+class ShardingConfig(Config):
+    """How tables are placed on workers. `tables` overrules `default` by table name; a bare word there is a type."""
+
+    default: ShardingType = "table_wise"
+    tables: dict[str, TableSharding] = Field(default_factory=dict)
+    memory_share: float = Field(default=0.7, gt=0, le=1)
+    comms: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+
+    @field_validator("tables", mode="before")
+    @classmethod
+    def _words_are_types(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: {"type": table} if isinstance(table, str) else table for name, table in value.items()}
+
+    def of(self, table: str) -> TableSharding:
+        """What is asked of one table, its type filled in."""
+        asked = self.tables.get(table, TableSharding())
+        return asked if asked.type is not None else asked.model_copy(update={"type": self.default})
+
+
 class TrainConfig(Config):
     """How the ranker is trained. `batch_size` is global (the sum over workers), chosen from the row count if absent.
 
@@ -111,6 +157,7 @@ class TrainConfig(Config):
     keep_checkpoints: int = Field(default=2, ge=1)
     distill: Distill | None = None
     stages: tuple[Stage, ...] = ()
+    sharding: ShardingConfig = ShardingConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
