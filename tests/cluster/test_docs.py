@@ -10,11 +10,20 @@ from pydantic import BaseModel
 
 from compress.config import CompressionPlan, SearchConfig, TablePlan
 from serve.config import ServeConfig
-from trainer.config import ModelConfig, RunConfig, TrainConfig
+from trainer.config import MetricsConfig, MlflowConfig, ModelConfig, RunConfig, TrainConfig
 from trainer.data.schema import CategoricalFeature, DataConfig, Ids, MultiFeature, NumericFeature, Split, Task
 
 SECTIONS = [RunConfig, DataConfig, Split, Ids, Task, CategoricalFeature, MultiFeature, NumericFeature]
-SECTIONS += [ModelConfig, TrainConfig, CompressionPlan, TablePlan, SearchConfig, ServeConfig]
+SECTIONS += [
+    ModelConfig,
+    TrainConfig,
+    MetricsConfig,
+    MlflowConfig,
+    CompressionPlan,
+    TablePlan,
+    SearchConfig,
+    ServeConfig,
+]
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda s: s.__name__)
