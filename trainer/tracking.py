@@ -214,7 +214,7 @@ class MlflowRun:
 
 
 def run_params(run: RunConfig) -> Iterable[tuple[str, str]]:
-    """The run's model and train settings, without the MLflow section, as MLflow's params: ("train.table_lr", "0.02")."""
+    """The run's model and train settings but for the MLflow section, as params: ("train.table_lr", "0.02")."""
     for section, values in (("model", run.model.model_dump()), ("train", run.train.model_dump(exclude={"mlflow"}))):
         for name, value in values.items():
             yield f"{section}.{name}", str(value)[:MLFLOW_PARAM_CHARS]
