@@ -14,7 +14,7 @@ from torch import nn
 from compress.lookup import Lookup, PackedTable, table_offsets, table_view
 from compress.methods.codec import quantize_rows
 from trainer.checkpoint import Checkpoint
-from trainer.config import RunConfig
+from trainer.config import MetricsConfig, RunConfig
 from trainer.data.batch import Batch, to_batch
 from trainer.data.dataset import Dataset, SplitName
 from trainer.data.encoded import Encoded
@@ -35,6 +35,7 @@ class CompressedModel:
     lookup: Lookup
     head: nn.Module
     version: str
+    metrics: MetricsConfig = MetricsConfig()  # what its run counts in evaluations
 
     @property
     def tasks(self) -> list[str]:
@@ -74,7 +75,7 @@ def build_model(
     head.load_state_dict(dense)
     head.eval()
     lookup = Lookup(tables, lookups_of(transform, list(transform.sparse)), mean, block)
-    return CompressedModel(transform, lookup, head, version)
+    return CompressedModel(transform, lookup, head, version, run.train.metrics)
 
 
 def model_of_checkpoint(checkpoint: Checkpoint, transform: Transform) -> CompressedModel:

@@ -128,6 +128,20 @@ class ShardingConfig(Config):
         return asked if asked.type is not None else asked.model_copy(update={"type": self.default})
 
 
+class MetricsConfig(Config):
+    """What evaluations count. Within groups: at each `k`; per row: yes where the probability is `threshold` or more."""
+
+    k: tuple[PositiveInt, ...] = Field(default=(10,), max_length=8)
+    threshold: float = Field(default=0.5, gt=0, lt=1)
+
+
+class MlflowConfig(Config):
+    """Where a run's metrics go in MLflow; without `tracking_uri`, MLFLOW_TRACKING_URI or a file beside the run."""
+
+    experiment: str = Field(min_length=1)
+    tracking_uri: str | None = Field(default=None, min_length=1)
+
+
 class TrainConfig(Config):
     """How the ranker is trained. `batch_size` is global (the sum over workers), chosen from the row count if absent.
 
@@ -158,6 +172,8 @@ class TrainConfig(Config):
     distill: Distill | None = None
     stages: tuple[Stage, ...] = ()
     sharding: ShardingConfig = ShardingConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    mlflow: MlflowConfig | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
