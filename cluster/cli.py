@@ -139,7 +139,13 @@ def data_prepare(
 @click.option("--data", "data_dir", type=FOLDER, required=True, help="What 'data prepare' wrote.")
 @click.option("--out", type=FOLDER, required=True, help="Folder for checkpoints and train.json.")
 @click.option("--workers", type=click.IntRange(min=1), help="Workers, in place of train.workers.")
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --out.")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --out, or start where there is none.")
+@click.option(
+    "--continue-from",
+    "continue_from",
+    type=FOLDER,
+    help="Start from this checkpoint's weights and train on --data alone (prepared with --continue-from too).",
+)
 @common
 def train(
     config: Path,
@@ -147,6 +153,7 @@ def train(
     out: Path,
     workers: int | None,
     resume: bool,
+    continue_from: Path | None,
     as_json: bool,
     address: str | None,
     debug: bool,
@@ -159,7 +166,7 @@ def train(
     with ray_session(address, debug=debug):
         from trainer.ray_train import train as run_training
 
-        result = run_training(run, data_dir, out, resume=resume, show=Progress().training)
+        result = run_training(run, data_dir, out, resume=resume, show=Progress().training, continue_from=continue_from)
     emit(result, as_json, [f"best checkpoint: {result['checkpoint']}", *metric_lines(result["val"], "val")])
     if not as_json:
         emit({}, False, metric_lines(result["test"], "test"))

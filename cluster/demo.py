@@ -61,7 +61,7 @@ def run_demo(
     with ray_session(debug=debug):
         import ray
 
-        from compress.compressor import compress
+        from compress.compressor import compress, data_of
         from compress.config import CompressionPlan, SearchConfig, TablePlan
         from compress.search.profile import profile_tables
         from compress.search.ray_tune import tune
@@ -71,7 +71,7 @@ def run_demo(
         from trainer.data.prepare import prepare
         from trainer.ray_train import train
 
-        run = with_workers(run, min(run.train.workers, int(ray.cluster_resources()["CPU"])))
+        run = with_workers(run, min(run.train.max_workers, int(ray.cluster_resources()["CPU"])))
         step(2, "prepare: split by time 80/10/10, build vocabularies (Ray Data)")
         prepared = prepare(run, folder / "prepared", progress.step)
         rows = prepared["rows"]
@@ -80,7 +80,8 @@ def run_demo(
         )
 
         step(
-            3, f"train: {run.model.arch.upper()}, tables sharded over {run.train.workers} workers (Ray Train, TorchRec)"
+            3,
+            f"train: {run.model.arch.upper()}, sharded over {run.train.max_workers} workers (Ray Train, TorchRec)",
         )
         trained = train(run, folder / "prepared", folder / "train", resume=False, show=progress.training)
         quality = trained["test"]

@@ -78,7 +78,8 @@ def map_block(path: Path, size: int) -> Tensor:
 class Lookup:
     """Pooled embeddings of `lookups`, in that order, from one block of bytes.
 
-    A lookup is a feature, or a position of a sequence feature. `mean` names the features whose bags are pooled by mean where ids bring no weights of their own.
+    A lookup is a feature, or a position of a sequence feature. `mean` names the features whose bags are pooled by mean
+    where ids bring no weights of their own.
     """
 
     def __init__(self, tables: Sequence[PackedTable], lookups: Sequence[str], mean: set[str], block: Tensor) -> None:

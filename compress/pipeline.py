@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from compress.artifact import load_artifact
-from compress.compressor import data_of, resolve
 from compress.compressor import compress as write_artifact
+from compress.compressor import data_of, resolve
 from compress.config import CompressionPlan, load_plan
 from compress.model import model_of_checkpoint, score_split
 from compress.search.objective import compare

@@ -185,7 +185,7 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write a safetensors file straight from the tensors' memory, and return its sha256; it is on disk on return.
 
-    The library's writer first copies every tensor, which doubles a worker's memory, and leaves hashing to a second read.
+    The library's writer first copies each tensor, which doubles a worker's memory, and leaves hashing to a second read.
     """
     layout: dict[str, Any] = {}
     at = 0

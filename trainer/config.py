@@ -291,6 +291,9 @@ def load_run(path: Path, input_override: str | None = None) -> RunConfig:
         files = data["split"].get("files") if isinstance(data.get("split"), dict) else None
         if isinstance(files, dict):
             data["split"]["files"] = {k: _absolute(v, base) for k, v in files.items() if isinstance(v, str)}
+    distill = content["train"].get("distill") if isinstance(content.get("train"), dict) else None
+    if isinstance(distill, dict) and isinstance(distill.get("teacher"), str):
+        distill["teacher"] = _absolute(distill["teacher"], path.absolute().parent)
     return parse_run(content, str(path))
 
 

@@ -104,7 +104,7 @@ def score_rows(
     try:
         for rows, _ in slices:
             batch = to_batch(rows.encoded).to(device)
-            logits, _ = model(batch.dense, batch.sparse)
+            logits, _ = model(batch)
             buffer.add(rows.labels, logits.float().cpu().numpy(), rows.groups)
     finally:
         model.train(was_training)

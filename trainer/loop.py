@@ -32,7 +32,8 @@ from trainer.checkpoint import (
 from trainer.config import RunConfig
 from trainer.data.batch import Batch
 from trainer.data.dataset import Dataset, SplitName
-from trainer.data.reader import Reader, epoch_digest
+from trainer.data.digest import epoch_digest
+from trainer.data.reader import LANES, Reader
 from trainer.errors import DataError
 from trainer.evaluation import ScoreBuffer, cpu_group, metrics_over_ranks, score_rows
 from trainer.memory import measured_memory, plan_memory
@@ -92,6 +93,7 @@ class Worker:
     plan: dict[str, Any]
     header: dict[str, Any]
     teacher: Path | None
+    lanes: int
     group: Any = None
 
     def evaluate(self, split: SplitName) -> dict[str, Any]:
@@ -120,6 +122,7 @@ class Worker:
             "metrics": metrics,
             "plan": self.plan,
             "precision": self.precision,
+            "lanes": self.lanes,
             "world_size": self.place.world_size,
         }
         save_checkpoint(path, self.state(), header, self.place.rank, self.place.world_size)
@@ -131,8 +134,10 @@ class Worker:
 
     def memory(self) -> dict[str, Any]:
         """What this rank holds, beside what was planned."""
-        estimate = plan_memory(self.plan, self.run.train.table_optimizer, self.place.world_size)
-        return {"estimated_bytes": estimate[self.place.rank], **measured_memory(self.model)}
+        estimate = plan_memory(
+            self.plan, self.dataset.transform.tables, self.run.train.table_optimizer, self.place.world_size
+        )
+        return {"estimate": estimate[self.place.rank], "measured": measured_memory(self.model)}
 
 
 def build_worker(
@@ -142,16 +147,20 @@ def build_worker(
     stage: int,
     *,
     precision: Precision | None = None,
+    lanes: int | None = None,
     teacher: Path | None = None,
     header: dict[str, Any] | None = None,
 ) -> Worker:
-    """The sharded model of a stage and its optimizer on this rank; `precision` as a checkpoint has it, else chosen."""
+    """The sharded model of a stage and its optimizer on this rank.
+
+    `precision` and `lanes` as a checkpoint has them, since what follows depends on them; else they are chosen.
+    """
     train = run.train
     torch.manual_seed(train.seed)
     model = build_ranker(run.model, dataset.transform, dims=run.table_dims(stage))
     start_at_base_rate(model, dataset)
     model.head.to(place.device)
-    batch = run.batch_rows(dataset.rows("train"), stage)
+    batch = run.train.batch_rows(dataset.rows("train"), stage)
     if precision is None:
         precision = choose_precision(
             train.precision, model.head, len(dataset.transform.dense_names), model.width, place
@@ -168,7 +177,9 @@ def build_worker(
         sharding=train.sharding,
         table_optimizer=train.table_optimizer,
     )
-    sharded = DistributedModelParallel(model, device=place.device, plan=plan, sharders=sharders(train.sharding))
+    sharded = DistributedModelParallel(
+        model, device=place.device, plan=plan, sharders=sharders(train.sharding.comms, place.device)
+    )
     optimizer = build_optimizer(sharded, train)
     init_optimizer_state(optimizer)
     worker = Worker(
@@ -182,6 +193,7 @@ def build_worker(
         describe_plan(plan),
         header or {},
         teacher,
+        lanes or max(LANES, train.max_workers),
         cpu_group(),
     )
     init_tables(worker)
@@ -252,7 +264,7 @@ class Speed:
 
 
 def train_stages(
-    build: Callable[[int, Precision | None], Worker],
+    build: Callable[[int, Precision | None, int | None], Worker],
     run: RunConfig,
     reporter: Reporter,
     found: Checkpoint | None,
@@ -262,7 +274,8 @@ def train_stages(
     position = Position() if found is None else found.position
     stages = run.train.all_stages
     stage = min(position.stage, len(stages) - 1)
-    worker = build(stage, None if found is None else found.manifest["precision"])
+    kept = {} if found is None else found.manifest
+    worker = build(stage, kept.get("precision"), kept.get("lanes"))
     if found is not None or start is not None:
         worker.load(found or start)  # type: ignore[arg-type]
     speed = Speed()
@@ -271,7 +284,7 @@ def train_stages(
         if position.stage == stage or saved is None or position.stage >= len(stages):
             return worker, position, speed
         stage = position.stage
-        worker = build(stage, worker.precision)
+        worker = build(stage, worker.precision, worker.lanes)
         worker.load(open_checkpoint(saved, verify=False))
 
 
@@ -346,12 +359,13 @@ def train_reader(worker: Worker) -> Reader:
     return Reader(
         worker.dataset,
         "train",
-        worker.run.batch_rows(worker.dataset.rows("train"), worker.stage),
+        worker.run.train.batch_rows(worker.dataset.rows("train"), worker.stage),
         rank=place.rank,
         world_size=place.world_size,
         seed=train.seed,
         shuffle=train.shuffle,
         oov_rate=train.oov_rate,
+        lanes=worker.lanes,
         fraction=train.all_stages[worker.stage].data_fraction,
         teacher=worker.teacher,
     )
@@ -367,7 +381,7 @@ def planned(run: RunConfig, dataset: Dataset) -> tuple[int, int]:
     steps, samples = 0, 0.0
     rows = dataset.rows("train")
     for index, stage in enumerate(run.train.all_stages):
-        batches = max(rows // run.batch_rows(rows, index), 1)
+        batches = max(rows // run.train.batch_rows(rows, index), 1)
         steps += stage.epochs * max(round(batches * stage.data_fraction), 1)
         samples += stage.epochs * rows * stage.data_fraction
     return steps, round(samples)
@@ -421,9 +435,7 @@ def evaluate_and_save(
     shown = position.epoch + position.batch / reader.num_batches()
     position = after_evaluation(worker.run, position, ne, position.batch == reader.num_batches())
     path = reporter.path(position)
-    worker.save(path, position, metrics)
-    reporter.commit(path, position, metrics, worker.stage)
-    if worker.place.rank == 0:
+    if worker.place.rank == 0:  # told before it is saved: what a kill in between leaves is dropped on resume
         factor = lr_factor(train, position.step, planned(worker.run, worker.dataset)[0]) * position.lr_scale
         reporter.evaluation(
             {
@@ -437,6 +449,8 @@ def evaluate_and_save(
                 "best": better,
             }
         )
+    worker.save(path, position, metrics)
+    reporter.commit(path, position, metrics, worker.stage)
     return position, path
 
 

@@ -50,7 +50,7 @@ class TableOptimizer(torch.optim.Optimizer):
         self.kind = kind
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # noqa: ARG002
+    def step(self, closure: Any = None) -> None:  # noqa: ARG002
         """One update from the gradients."""
         for group in self.param_groups:
             for table in group["params"]:
@@ -91,7 +91,7 @@ def build_optimizer(model: DistributedModelParallel, train: TrainConfig) -> Comb
     Raises: ConfigError when a table would train with an optimizer that nobody chose.
     """
     left = dict(in_backward_optimizer_filter(model.named_parameters()))
-    replicated = {name: p for name, p in left.items() if TABLE_MARK in name}
+    replicated = {name: p for name, p in left.items() if TABLE_MARK in name and p.numel()}
     dense = {name: p for name, p in left.items() if TABLE_MARK not in name}
     parts: list[tuple[str, Any]] = [("tables", model.fused_optimizer)]
     if replicated:
@@ -139,7 +139,7 @@ def check_table_optimizers(model: DistributedModelParallel, replicated: set[str]
                 f"sharding (fuse_table_optimizer)"
             )
         covered.update(names)
-    here = {_table_name(name) for name, _ in model.named_parameters() if TABLE_MARK in name}
+    here = {_table_name(name) for name, p in model.named_parameters() if TABLE_MARK in name and p.numel()}
     if here - covered:
         raise ConfigError(f"tables {', '.join(sorted(here - covered))}: no table optimizer trains them")
 

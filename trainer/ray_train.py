@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import resource
 import signal
 import threading
 import time
@@ -145,11 +143,16 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     if place.rank == 0:
         reporter.recovered(position, place.world_size)
 
-    def build(stage: int, precision: Any) -> Worker:
+    def build(stage: int, precision: Any, lanes: int | None) -> Worker:
         header = {"continues": None if start is None else start.version}
-        return build_worker(run, dataset, place, stage, precision=precision, teacher=teacher, header=header)
+        return build_worker(
+            run, dataset, place, stage, precision=precision, lanes=lanes, teacher=teacher, header=header
+        )
 
-    worker, position, speed = train_stages(build, run, reporter, found, start)
+    try:
+        worker, position, speed = train_stages(build, run, reporter, found, start)
+    except ConfigError as error:  # every rank's, and the next attempt's too: Ray Train would try again and again
+        return {"error": str(error)}
     best = min(ray.train.get_all_reported_checkpoints(), key=lambda c: c.metrics["keep"])
     worker.load(open_checkpoint(Path(best.checkpoint.path), verify=False))
     summary = {
@@ -262,6 +265,8 @@ def train(
             raise_user_error(error)
             raise
     summary = dict(result.return_value)
+    if "error" in summary:
+        raise ConfigError(summary["error"])
     if summary["samples_per_s"] is None and before is not None:  # nothing was left to train
         summary["samples_per_s"] = before
     summary["recoveries"] = read_recoveries(out)

@@ -71,7 +71,7 @@ def train_step(model: nn.Module, optimizer: CombinedOptimizer, loss_of: Loss, ba
 def l2_scale(model: nn.Module) -> Tensor:
     """The ranker's own weights of the L2 term, whatever it is wrapped in."""
     inner = model.module if isinstance(model, DistributedModelParallel) else model
-    return inner.l2_scale  # type: ignore[return-value]
+    return inner.l2_scale
 
 
 class Stepper:
@@ -101,7 +101,7 @@ class Stepper:
             self.model,
             self.optimizer,
             self.device,
-            custom_model_fwd=self._pipelined,  # type: ignore[arg-type]
+            custom_model_fwd=self._pipelined,
         )
         waiting = iter(batches)
         while True:

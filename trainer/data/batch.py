@@ -20,9 +20,9 @@ from trainer.data.encoded import Encoded, Ragged
 class Batch(Pipelineable):
     """Model input, and what the loss is taken against.
 
-    dense (B, I) float32; sparse: KeyedJaggedTensor of F lookups; labels (B, T) float32; teacher (B, T) float32, log-odds
-    of a larger model; rows: of the global batch that this is a rank's share of; digest: of the share's row numbers
-    (reader.row_digest).
+    dense (B, I) float32; sparse: KeyedJaggedTensor of F lookups; labels (B, T) float32; teacher (B, T) float32: the
+    log-odds of a larger model; rows: of the global batch that this is a rank's share of; digest: of the share's rows
+    (trainer/data/digest.py).
     """
 
     dense: Tensor
@@ -51,7 +51,7 @@ class Batch(Pipelineable):
         """Tell the allocator that a CUDA stream uses these tensors (the pipeline copies on a stream of its own)."""
         for part in (self.dense, self.sparse, self.labels, self.teacher):
             if part is not None:
-                part.record_stream(stream)  # type: ignore[arg-type]
+                part.record_stream(stream)
 
     def pin_memory(self) -> Batch:
         """The same batch in pinned host memory."""

@@ -53,6 +53,11 @@ class Dataset:
         """The same data, its tables as wide as a run's model asks for (prepared rows do not depend on it)."""
         return replace(self, transform=self.transform.with_dims(data.features, embedding_dim))
 
+    @property
+    def negative_rate(self) -> float:
+        """The share of the training split's negatives that prepare kept."""
+        return float(self.manifest.get("negative_rate", 1.0))
+
     def rows(self, split: SplitName) -> int:
         """Rows of a split."""
         return sum(sum(f.row_groups) for f in self.files[split])

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
-
 SPARSE = "sparse."
 WEIGHTS = "weights."
 

@@ -166,7 +166,7 @@ def extend_transform(old: Transform, stats: FitStats, data: DataConfig, default_
         if table.kind != "vocabulary":
             continue
         owner = next(f for f in data.sparse_features if f.name == name)
-        assert isinstance(owner, CategoricalFeature | MultiFeature), "a vocabulary belongs to ids"
+        assert isinstance(owner, TableOptions), "a vocabulary belongs to ids"
         keys, counts = sum_counts(stats.ids.get(name, []))
         frequent = keys[counts >= (owner.min_count or data.min_count)]
         known = old.id_maps[name].keys_by_row()

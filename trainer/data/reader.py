@@ -15,7 +15,7 @@ import contextlib
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from trainer.data import encoded
 from trainer.data.batch import Batch, to_batch
 from trainer.data.dataset import DENSE, GROUP, LABELS, Dataset, SplitName
+from trainer.data.digest import row_digest
 from trainer.data.encoded import Encoded, from_columns
 from trainer.data.transform import OOV_ROW, flat
 from trainer.errors import ConfigError, DataError
@@ -236,17 +237,19 @@ class Reader:
         shares = [self._share(lane, batch) for lane in range(self.lanes)]
         return sum(end - begin for begin, end in shares)
 
-    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Batch, int]]:
+    def batches(self, epoch: int = 0, start: int = 0) -> Generator[tuple[Batch, int]]:
         """This rank's slices of global batches `start`.. of an epoch, each with the global batch's row count.
 
         Reading and packing run ahead in a thread; position counts what was yielded, never what was read.
         """
         for rows, size in _ahead(self._slices(epoch, start)):
-            yield to_batch(rows.encoded, rows.labels), size
+            batch = to_batch(rows.encoded, rows.labels, rows.teacher, size)
+            batch.digest = row_digest(rows.index, epoch)
+            yield batch, size
 
     def slices(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Rows, int]]:
         """As `batches`, but as rows in memory (numpy)."""
-        return self._slices(epoch, start)
+        return _ahead(self._slices(epoch, start))
 
     def _whole_batches(self) -> int:
         # a last batch too small to give every lane a row joins the others

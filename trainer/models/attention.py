@@ -47,7 +47,7 @@ class SequenceHead(Head):
     @property
     def out(self) -> nn.Module:
         """The layer that gives the logits."""
-        return self.inner.out  # type: ignore[return-value]
+        return self.inner.out
 
     def logits(self, dense_BI: Tensor, looked_up_BL: Tensor) -> Tensor:  # noqa: N803
         """Logits (B, T)."""
