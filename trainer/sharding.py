@@ -255,8 +255,8 @@ def allowed_types(asked: TableSharding, table_optimizer: str, device: str, rows:
     types = [ShardingType.TABLE_WISE.value]
     if not leaves_empty_shards(rows, world_size):
         types.append(ShardingType.ROW_WISE.value)
-    if device == "cuda":
-        types.append(ShardingType.TABLE_ROW_WISE.value)
+        if device == "cuda":
+            types.append(ShardingType.TABLE_ROW_WISE.value)
     if table_optimizer in ELEMENTWISE_OPTIMIZERS:
         types.append(ShardingType.COLUMN_WISE.value)
     return types
@@ -472,8 +472,10 @@ def misfit(needs: Sequence[Need], cap: int, world_size: int) -> str | None:
     single = [need for need in needs if need.unit_bytes > cap]
     if single:
         lacking = max(need.unit_bytes for need in single) - cap
+        whole = any(need.unit_bytes == need.total_bytes for need in single) and world_size > 1
+        step = "use type row_wise" if whole else "add workers"
         return (
-            f"{misfit_list(single, 'unit_bytes')} on one worker, {readable(lacking)} too much: use type row_wise, "
+            f"{misfit_list(single, 'unit_bytes')} on one worker, {readable(lacking)} too much: {step}, "
             f"lower its dim or hash_size, or use workers with more memory"
         )
     total = sum(need.total_bytes for need in needs)

@@ -234,7 +234,7 @@ def test_tables_that_do_not_fit_are_named_with_bytes_and_cap(monkeypatch):
     text = str(error.value)
     assert len(text.splitlines()) == 1
     assert text.startswith("tables do not fit 1 worker(s) with 700 B of memory each: hashed ")
-    assert "use type row_wise" in text
+    assert "add workers" in text
 
 
 # -- what the config asks --------------------------------------------------------------------------------------------
