@@ -340,6 +340,24 @@ def rank(artifact: Path, request_file: Path, as_json: bool, address: str | None,
 
 
 @main.command()
+@click.option("--config", type=FILE, help="A run's YAML: checks its workers, optimizer, sharding and table sizes.")
+@click.option("--data", "data_dir", type=FOLDER, help="What 'data prepare' wrote: checks memory, disk and reading.")
+@common
+def doctor(config: Path | None, data_dir: Path | None, as_json: bool, address: str | None, debug: bool) -> None:
+    """Will a run work on this machine? Versions, CPU, memory, threads, ports, cluster; each finding with its fix."""
+    from cluster.doctor import examine, finding_lines, summary
+    from cluster.runs import load
+    from cluster.session import quiet
+
+    if not debug:
+        quiet()
+    findings = examine(load(config) if config is not None else None, data_dir, address)
+    emit(summary(findings), as_json, finding_lines(findings))
+    if not summary(findings)["ok"]:
+        sys.exit(1)
+
+
+@main.command()
 @click.option("--out", type=FOLDER, help="Folder for everything it writes; a new one under runs/ by default.")
 @click.option("--port", type=click.IntRange(1, 65535), help="Port to serve on; 8000 by default.")
 @click.option("--keep", is_flag=True, help="Leave the server up until Ctrl-C.")

@@ -1,4 +1,4 @@
-"""Bytes: what the machine has, what a plan's tables will take, and what a rank really holds.
+"""Bytes: what a plan's tables will take, and what a rank really holds.
 
 The estimate counts a table's weights and its optimizer's state, shard by shard; activations, the dense part, caches and
 the runtime are left out, and `measured_memory` shows them in the peaks it stands beside.
@@ -6,10 +6,8 @@ the runtime are left out, and `measured_memory` shows them in the peaks it stand
 
 from __future__ import annotations
 
-import os
 import resource
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,22 +27,6 @@ STATE_BYTES = {
     "adam": lambda rows, dim: 8 * rows * dim,
     "partial_rowwise_adam": lambda rows, dim: 4 * rows * dim + 4 * rows,
 }
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-
-
-def machine_memory_bytes() -> int:
-    """Memory this process may use: the machine's, or its container's limit where that is less."""
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([physical, *(limit for path in CGROUP_LIMITS if (limit := cgroup_limit(Path(path))) is not None)])
-
-
-def cgroup_limit(path: Path) -> int | None:
-    """Bytes that a control group's file allows; None where there is no such file or no limit."""
-    try:
-        word = path.read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-    return int(word) if word.isdigit() and int(word) > 0 else None
 
 
 def state_bytes(optimizer: str, rows: int, dim: int) -> int:

@@ -47,7 +47,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from trainer.config import ShardingConfig, TableSharding
 from trainer.data.transform import TableInfo, Transform
 from trainer.errors import ConfigError
-from trainer.memory import machine_memory_bytes
+from trainer.machine import machine_memory_bytes
 from trainer.models import module_name
 
 GRADIENT_SCALE = 2.0**14  # a gradient of a mean over the batch lies below what fp16 can tell from 0

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 import pytest
 import torch
 import torch.multiprocessing
 from sharding_ranks import GLOBAL_ROWS, World, on_rank, train_under
 from trainer_builders import CPU, fitted, make_run, random_log
 
-from trainer import memory, sharding
+from trainer import machine, sharding
 from trainer.config import ShardingConfig, TableSharding, parse_run
 from trainer.data.batch import to_batch
 from trainer.data.transform import TableInfo
 from trainer.errors import ConfigError
-from trainer.memory import cgroup_limit, machine_memory_bytes, plan_memory, state_bytes
+from trainer.machine import cgroup_limit, cores, cpu_quota, machine_memory_bytes
+from trainer.memory import plan_memory, state_bytes
 from trainer.models import build_ranker
 from trainer.optimizer import fuse_table_optimizer
 from trainer.sharding import (
@@ -77,7 +80,8 @@ def world() -> World:
 def ranks(world, tmp_path_factory) -> dict[int, list[dict]]:
     """For 2 and 3 workers: what each rank found under every case."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(on_rank, (str(folder), world, CASES), nprocs=3)
+    multiprocessing.set_forkserver_preload(["torchrec.distributed.model_parallel", "pandas", "pyarrow.parquet"])
+    torch.multiprocessing.start_processes(on_rank, (str(folder), world, CASES), nprocs=3, start_method="forkserver")
     return {n: [torch.load(folder / f"{n}-{rank}.pt", weights_only=False) for rank in range(n)] for n in (2, 3)}
 
 
@@ -390,12 +394,23 @@ def test_machine_memory_is_that_of_a_real_machine():
 
 def test_containers_limit_counts_where_it_is_less(tmp_path, monkeypatch):
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(memory, "CGROUP_LIMITS", (str(limit),))
+    monkeypatch.setattr(machine, "CGROUP_MEMORY", (str(limit),))
     physical = machine_memory_bytes()
     for text, expected in (("max", physical), ("1000000", 1_000_000), (str(2**60), physical), ("0", physical)):
         limit.write_text(text + "\n")
         assert machine_memory_bytes() == expected
     assert cgroup_limit(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("150000 100000", 1.5), ("max 100000", None), ("-1 100000", None), ("", None), ("100000 0", None)],
+)
+def test_cpu_quota(text, expected, tmp_path, monkeypatch):
+    assert cpu_quota(text) == expected
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    monkeypatch.setattr(machine, "CGROUP_CPU", str(tmp_path / "cpu.max"))
+    assert cores() == 0.5
 
 
 @pytest.mark.parametrize(
