@@ -48,6 +48,7 @@ from trainer.config import ShardingConfig, TableSharding
 from trainer.data.transform import TableInfo, Transform
 from trainer.errors import ConfigError
 from trainer.machine import machine_memory_bytes
+from trainer.memory import plan_memory
 from trainer.models import module_name
 
 GRADIENT_SCALE = 2.0**14  # a gradient of a mean over the batch lies below what fp16 can tell from 0
@@ -357,7 +358,29 @@ def plan_tables(
         plan = planner.plan(model, offered)
     except PlannerError:
         raise ConfigError(refusal(enumerator.enumerate(model, offered), where)) from None
+    check_copies(describe_plan(plan), tables, table_optimizer, where)
     return Planned(plan, kept.options)
+
+
+def check_copies(
+    described: Mapping[str, Mapping[str, Any]], tables: Mapping[str, TableInfo], table_optimizer: str, where: Topology
+) -> None:
+    """Raises: ConfigError when data_parallel tables do not fit with what the planner does not count: the gradient and
+    AdamW's two moments, whole on every worker.
+    """
+    copies = [name for name, how in described.items() if how["sharding_type"] == "data_parallel"]
+    on_device = {n: how for n, how in described.items() if not how["compute_kernel"].startswith("fused_uvm")}
+    storage = where.devices[0].storage
+    cap = storage.ddr if where.compute_device == "cpu" else storage.hbm
+    held = plan_memory(on_device, tables, table_optimizer, where.world_size) if copies else []
+    most = max((sum(rank.values()) - rank["rank"] for rank in held), default=0)
+    if most > cap:
+        needs = [Need(name, 4 * tables[name].fp32_bytes, 4 * tables[name].fp32_bytes) for name in copies]
+        raise ConfigError(
+            f"tables do not fit {where.world_size} worker(s) with {readable(cap)} each, {readable(most - cap)} lacks: "
+            f"data_parallel tables take their weights four times on each worker (gradient and AdamW's moments): "
+            f"{misfit_list(needs)}: use type row_wise or table_wise"
+        )
 
 
 def make_plan(
@@ -373,6 +396,7 @@ def make_plan(
 ) -> ShardingPlan:
     """Place every table on the workers; called by all ranks together, they get rank 0's plan. `batch_size` is global.
 
+    The tables' optimizer must be fused into `model` before (trainer/optimizer.py): the planner counts its state.
     Raises: ConfigError, on every rank, when the config asks what cannot be, or the tables do not fit the machines.
     """
     assert dist.is_initialized(), "make_plan needs a process group"
@@ -391,9 +415,11 @@ def make_plan(
             ]
         except ConfigError as error:  # the planner's own collective_plan would leave the other ranks waiting
             told = [error]
+        except Exception as error:
+            told = [RuntimeError(f"planning failed on rank 0: {type(error).__name__}: {error}")]
     if world_size > 1:
         dist.broadcast_object_list(told, 0, device=device if device.type == "cuda" else None)
-    if isinstance(told[0], ConfigError):
+    if isinstance(told[0], Exception):
         raise told[0]
     return told[0]
 
