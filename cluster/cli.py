@@ -18,6 +18,7 @@ import click
 from cluster.output import Progress, duration, emit, size
 from trainer.errors import SlimrankError
 
+METRIC_WORDS = {"auc": "AUC", "ne": "NE", "log_loss": "log loss", "gauc": "GAUC", "f1": "F1"}
 FOLDER = click.Path(path_type=Path, file_okay=False, resolve_path=True)
 FILE = click.Path(path_type=Path, dir_okay=False, resolve_path=True)
 
@@ -100,9 +101,18 @@ def data_synth(
 @click.option("--config", type=FILE, required=True, help="The run's YAML.")
 @click.option("--input", "input_override", metavar="GLOB", help="Raw log to read in place of data.input.")
 @click.option("--out", type=FOLDER, required=True, help="Folder to write the prepared data to.")
+@click.option(
+    "--continue-from", type=FOLDER, metavar="PREPARED", help="Prepared before: keep its rows, append those of new ids."
+)
 @common
 def data_prepare(
-    config: Path, input_override: str | None, out: Path, as_json: bool, address: str | None, debug: bool
+    config: Path,
+    input_override: str | None,
+    out: Path,
+    continue_from: Path | None,
+    as_json: bool,
+    address: str | None,
+    debug: bool,
 ) -> None:
     """Raw log -> prepared Parquet: splits, vocabularies, transforms, statistics."""
     from cluster.runs import load
@@ -116,7 +126,7 @@ def data_prepare(
     with ray_session(address, debug=debug):
         from trainer.data.prepare import prepare
 
-        result = prepare(run, out, Progress().step)
+        result = prepare(run, out, Progress().step, continue_from)
     tables = result["tables"]
     lines = [f"{split}: {count:,} rows" for split, count in result["rows"].items()]
     total = sum(t["num_embeddings"] for t in tables.values())
@@ -178,7 +188,13 @@ def plan(
 @click.option("--data", "data_dir", type=FOLDER, required=True, help="What 'data prepare' wrote.")
 @click.option("--out", type=FOLDER, required=True, help="Folder for checkpoints and train.json.")
 @click.option("--workers", type=click.IntRange(min=1), help="Workers, in place of train.workers.")
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --out.")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --out, or start where there is none.")
+@click.option(
+    "--continue-from",
+    "continue_from",
+    type=FOLDER,
+    help="Start from this checkpoint's weights and train on --data alone (prepared with --continue-from too).",
+)
 @common
 def train(
     config: Path,
@@ -186,6 +202,7 @@ def train(
     out: Path,
     workers: int | None,
     resume: bool,
+    continue_from: Path | None,
     as_json: bool,
     address: str | None,
     debug: bool,
@@ -198,7 +215,7 @@ def train(
     with ray_session(address, debug=debug):
         from trainer.ray_train import train as run_training
 
-        result = run_training(run, data_dir, out, resume=resume, show=Progress().training)
+        result = run_training(run, data_dir, out, resume=resume, show=Progress().training, continue_from=continue_from)
     emit(result, as_json, [f"best checkpoint: {result['checkpoint']}", *metric_lines(result["val"], "val")])
     if not as_json:
         emit({}, False, metric_lines(result["test"], "test"))
@@ -403,15 +420,24 @@ def size_lines(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def metric_lines(metrics: dict[str, Any], label: str) -> list[str]:
-    """Metrics of one task, or of several, for people."""
+def metric_lines(metrics: dict[str, Any], label: str, width: int = 80) -> list[str]:
+    """Metrics of one task, or of several, for people: a line or two a task, within `width` columns."""
     if "auc" not in metrics:
         tasks = {task: inner for task, inner in metrics.items() if isinstance(inner, dict)}
-        return [line for task, inner in tasks.items() for line in metric_lines(inner, f"{label} {task}")]
-    return [
-        f"{label}: AUC {metrics['auc']:.5f}  NE {metrics['ne']:.5f}  log loss {metrics['log_loss']:.5f}"
-        f"  calibration {metrics['calibration']:.4f}"
-    ]
+        return [line for task, inner in tasks.items() for line in metric_lines(inner, f"{label} {task}", width)]
+    places = {"auc": 5, "ne": 5, "log_loss": 5, "calibration": 4, "gauc": 5}
+    places |= {name: 4 for name in metrics if name.startswith("ndcg@")} | {"f1": 4}
+    lines = [f"{label}:"]
+    for name, digits in places.items():
+        if name in metrics:
+            value = "-" if metrics[name] is None else f"{metrics[name]:.{digits}f}"
+            part = f"{METRIC_WORDS.get(name, name.replace('ndcg', 'NDCG'))} {value}"
+            gap = " " if lines[-1].endswith(":") else "  "
+            if len(lines[-1]) + len(gap) + len(part) > width:
+                lines.append(f"  {part}")
+            else:
+                lines[-1] += gap + part
+    return lines
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def run_demo(
     with ray_session(debug=debug):
         import ray
 
-        from compress.compressor import compress
+        from compress.compressor import compress, data_of
         from compress.config import CompressionPlan, SearchConfig, TablePlan
         from compress.search.profile import profile_tables
         from compress.search.ray_tune import tune
@@ -71,7 +71,7 @@ def run_demo(
         from trainer.data.prepare import prepare
         from trainer.ray_train import train
 
-        run = with_workers(run, min(run.train.workers, int(ray.cluster_resources()["CPU"])))
+        run = with_workers(run, min(run.train.max_workers, int(ray.cluster_resources()["CPU"])))
         step(2, "prepare: split by time 80/10/10, build vocabularies (Ray Data)")
         prepared = prepare(run, folder / "prepared", progress.step)
         rows = prepared["rows"]
@@ -80,7 +80,8 @@ def run_demo(
         )
 
         step(
-            3, f"train: {run.model.arch.upper()}, tables sharded over {run.train.workers} workers (Ray Train, TorchRec)"
+            3,
+            f"train: {run.model.arch.upper()}, sharded over {run.train.max_workers} workers (Ray Train, TorchRec)",
         )
         trained = train(run, folder / "prepared", folder / "train", resume=False, show=progress.training)
         quality = trained["test"]
@@ -95,7 +96,8 @@ def run_demo(
             say(f"  {line}")
 
         step(5, "compare: fp32 against compressed, on the test split, one thread")
-        dataset, checkpoint = open_dataset(folder / "prepared"), open_checkpoint(folder / "train")
+        checkpoint = open_checkpoint(folder / "train")
+        dataset = data_of(checkpoint, open_dataset(folder / "prepared"))
         plan = CompressionPlan(default=TablePlan(bits=32))
         profiles = profile_tables(checkpoint, dataset, progress.step)
         compress(checkpoint, dataset, plan, folder / "fp32", profiles, progress.step)

@@ -62,7 +62,7 @@ def write_ids(
             columns["remap"].append(artifact_rows(id_map, order, cut).tobytes() if pruned else b"")
             continue
         width = key_bytes(np.asarray(id_map.keys))
-        by_rank = np.asarray(id_map.keys)[order[RESERVED_ROWS:] - RESERVED_ROWS]
+        by_rank = id_map.keys_by_row()[order[RESERVED_ROWS:] - RESERVED_ROWS]
         leading = by_rank.astype(">u8").view(np.uint8).reshape(-1, 8)[:, :width]
         columns["key_bytes"].append(width)
         columns["keys"].append(np.ascontiguousarray(leading).tobytes())

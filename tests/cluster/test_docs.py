@@ -10,7 +10,20 @@ from pydantic import BaseModel
 
 from compress.config import CompressionPlan, SearchConfig, TablePlan
 from serve.config import ServeConfig
-from trainer.config import ModelConfig, RunConfig, ShardingConfig, TableSharding, TrainConfig
+from trainer.config import (
+    Distill,
+    MetricsConfig,
+    MlflowConfig,
+    ModelConfig,
+    Plateau,
+    RunConfig,
+    Schedule,
+    ShardingConfig,
+    Stage,
+    TableSharding,
+    TrainConfig,
+    Workers,
+)
 from trainer.data.schema import CategoricalFeature, DataConfig, Ids, MultiFeature, NumericFeature, Split, Task
 
 SECTIONS = [RunConfig, DataConfig, Split, Ids, Task, CategoricalFeature, MultiFeature, NumericFeature]
@@ -19,6 +32,13 @@ SECTIONS += [
     TrainConfig,
     ShardingConfig,
     TableSharding,
+    MetricsConfig,
+    MlflowConfig,
+    Distill,
+    Plateau,
+    Schedule,
+    Stage,
+    Workers,
     CompressionPlan,
     TablePlan,
     SearchConfig,

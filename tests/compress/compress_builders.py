@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -30,9 +31,10 @@ from compress.search.space import uniform_plan
 from trainer.checkpoint import Checkpoint, Position, open_checkpoint, save_checkpoint
 from trainer.config import RunConfig
 from trainer.data.dataset import Dataset, open_dataset
-from trainer.data.fit import FitStats, fit_transform
+from trainer.data.fit import FitStats, extend_transform, fit_transform
 from trainer.data.log import find_files, fragments_of
 from trainer.data.prepare import Splitter, _finish, _observe_rows, _write_rows
+from trainer.data.transform import Transform
 from trainer.files import write_json
 from trainer.models import build_head
 
@@ -124,7 +126,7 @@ def write_log(raw: pa.Table, folder: Path) -> None:
 # -- prepared data and a checkpoint ----------------------------------------------------------------------------------
 
 
-def prepare_here(run: RunConfig, raw: pa.Table, folder: Path) -> Dataset:
+def prepare_here(run: RunConfig, raw: pa.Table, folder: Path, continue_from: Transform | None = None) -> Dataset:
     """What trainer.data.prepare does on Ray, by the same functions of a fragment, in this process."""
     fragments = fragments_of(find_files(run.data), run.data)
     times = np.sort(raw["when"].to_numpy().astype(np.float64))
@@ -133,7 +135,10 @@ def prepare_here(run: RunConfig, raw: pa.Table, folder: Path) -> Dataset:
     stats = FitStats()
     for fragment in fragments:
         stats.merge(_observe_rows(fragment, splitter))
-    transform = fit_transform(stats, run.data, run.model.embedding_dim)
+    if continue_from is None:
+        transform = fit_transform(stats, run.data, run.model.embedding_dim)
+    else:
+        transform = extend_transform(continue_from, stats, run.data, run.model.embedding_dim)
     for split in ("train", "val", "test"):
         (folder / split).mkdir(parents=True)
     written = [_write_rows(fragment, splitter, transform, folder) for fragment in fragments]
@@ -217,6 +222,16 @@ def build_world(
     write_log(raw, folder / "log")
     run = run_config(folder / "log", tasks=tasks, arch=arch, catalogue=catalogue)
     dataset = prepare_here(run, raw, folder / "prepared")
+    return World(folder, raw, run, dataset, save_random_checkpoint(run, dataset, folder / "checkpoint", seed + 1))
+
+
+def extended_world(old: World, folder: Path, rows: int = 1500, seed: int = 11) -> World:
+    """A later log of the same run, prepared with the older one's transform as its start, and a checkpoint of it."""
+    raw = raw_log(rows, seed)
+    raw = raw.set_column(0, "user_id", pc.add(raw["user_id"], 250))  # half of the users are new
+    write_log(raw, folder / "log")
+    run = run_config(folder / "log", tasks=("click",), arch="dcn", catalogue=True)
+    dataset = prepare_here(run, raw, folder / "prepared", old.dataset.transform)
     return World(folder, raw, run, dataset, save_random_checkpoint(run, dataset, folder / "checkpoint", seed + 1))
 
 

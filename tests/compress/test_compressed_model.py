@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from compress_builders import World, build_world, prepare_here
+from compress_builders import World, build_world, extended_world, mixed_plan, prepare_here
 
 import compress.model
 from compress.artifact import Artifact
 from compress.config import CompressionPlan, TablePlan
 from compress.evaluate import evaluate, open_model
 from compress.model import check_same_transform, model_of_checkpoint, score_split, translate_rows, translation
+from trainer.config import MetricsConfig
 from trainer.data.batch import to_batch
 from trainer.data.reader import read_split
 from trainer.data.transform import IdMap
@@ -132,6 +133,12 @@ def test_translation_of_a_vocabulary_finds_each_key() -> None:
     assert translation(trained, own, 5).tolist() == [0, 1, 0, 3, 2]
 
 
+def test_translation_of_an_extended_vocabulary_goes_by_its_rows() -> None:
+    trained = IdMap.of_rows(np.array([20, 30, 10], dtype=np.uint64))
+    own = IdMap(2, np.array([20, 30], dtype=np.uint64), 0, np.array([0, 1, 3, 2], dtype=np.int32))
+    assert translation(trained, own, 5).tolist() == [0, 1, 3, 2, 0]
+
+
 def test_prepared_rows_translate_to_what_raw_rows_encode_to(world: World, artifact: Artifact) -> None:
     """Parity: training rows through the row maps, raw values through the artifact's own transform."""
     raw = world.dataset.sample()
@@ -170,6 +177,28 @@ def test_later_data_with_other_vocabularies_is_scored_alike(world: World, artifa
     assert np.array_equal(found, expected)
 
 
+def test_extended_vocabulary_compresses_and_scores_as_its_checkpoint(world: World, tmp_path: Path) -> None:
+    grown = extended_world(world, tmp_path)
+    old = world.dataset.transform.tables["user_id"].num_embeddings
+    assert grown.dataset.transform.tables["user_id"].num_embeddings > old + 20
+    assert grown.dataset.transform.lineage == (world.dataset.transform.fingerprint(),)
+    exact = grown.artifact(CompressionPlan(default=TablePlan(bits=32)))
+    raw = grown.dataset.sample()
+    np.testing.assert_array_equal(
+        exact.model.score_encoded(exact.model.transform.encode(raw)),
+        grown.fp32.score_encoded(grown.dataset.transform.encode(raw)),
+    )
+    pruned = grown.artifact(mixed_plan())
+    for split in ("val", "test"):
+        np.testing.assert_array_equal(
+            score_split(exact.model, grown.dataset, split)[1], score_split(grown.fp32, grown.dataset, split)[1]
+        )
+    prepared = read_split(grown.dataset, "val", limit=len(raw)).encoded
+    translated, encoded = translate_rows(pruned.model, grown.dataset, prepared), pruned.model.transform.encode(raw)
+    for name, ragged in encoded.sparse.items():
+        np.testing.assert_array_equal(translated.sparse[name].values, ragged.values, err_msg=name)
+
+
 def test_data_encoded_otherwise_is_refused(world: World, two_tasks: World, artifact: Artifact) -> None:
     check_same_transform(artifact.model.transform, world.dataset)
     with pytest.raises(DataError, match=f"{two_tasks.dataset.folder}: not the prepared data"):
@@ -184,16 +213,26 @@ def test_evaluate_tells_rows_and_metrics(world: World, artifact: Artifact) -> No
     told = evaluate(model, world.dataset, "test")
     labels, logits = score_split(artifact.model, world.dataset, "test")
     groups = read_split(world.dataset, "test").groups
-    gauc = grouped_auc(labels[:, 0], logits[:, 0], groups)
-    assert 0 < gauc < 1
-    assert told == {"rows": 300, **task_metrics(labels.astype(np.float64), logits, ["click"]), "gauc": gauc}
-    assert set(told) == {"rows", "auc", "ne", "log_loss", "calibration", "gauc"}
+    assert told == {"rows": 300, **task_metrics(labels, logits, ["click"], groups)}
+    assert told["gauc"] == grouped_auc(labels[:, 0], logits[:, 0], groups)
+    assert 0 < told["gauc"] < 1
+    assert {"auc", "ne", "log_loss", "calibration", "ndcg@10", "recall@10", "precision", "f1"} < set(told)
+
+
+def test_evaluate_counts_as_the_run_of_the_model_says(world: World) -> None:
+    model = dataclasses.replace(world.fp32, metrics=MetricsConfig(k=(1, 3), threshold=0.999))
+    told = evaluate(model, world.dataset, "test")
+    assert {"ndcg@1", "ndcg@3"} < set(told)
+    assert "ndcg@10" not in told
+    assert told["recall"] < evaluate(world.fp32, world.dataset, "test")["recall"]
 
 
 def test_evaluate_of_two_tasks_tells_both(two_tasks: World) -> None:
     told = evaluate(two_tasks.fp32, two_tasks.dataset, "test")
     assert set(told) == {"rows", "click", "buy"}
     assert told["click"] != told["buy"]
+    assert ("gauc" in told["click"]) == (two_tasks.dataset.groups("test") is not None)
+    assert set(told["buy"]) == set(told["click"])
 
 
 def test_open_model_takes_a_checkpoint(world: World) -> None:

@@ -101,6 +101,18 @@ def test_ids_of_a_vocabulary_map_to_rank_centroid_oov_and_missing(tmp_path: Path
     assert own.row(MISSING_ROW) == 1
 
 
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_ids_of_an_extended_vocabulary_map_to_the_ranks_of_their_rows(tmp_path: Path, share: float) -> None:
+    keys = np.concatenate([random_keys(300), random_keys(80, seed=5), random_keys(7, seed=6)])  # extended twice
+    trained = IdMap.of_rows(keys)
+    cut = RESERVED_ROWS + int(share * len(keys))
+    own, order, _, _ = stored(tmp_path, trained, cut)
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order] = np.arange(len(order))
+    assert np.array_equal(own.rows(keys), np.minimum(rank[RESERVED_ROWS:], cut))
+    assert np.array_equal(artifact_rows(trained, order, cut)[RESERVED_ROWS:], own.rows(keys))
+
+
 def test_ids_unknown_to_a_vocabulary_go_to_row_0(tmp_path: Path) -> None:
     keys = random_keys(2000)
     own, *_ = stored(tmp_path, IdMap(2000, keys), 500)

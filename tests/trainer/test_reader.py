@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from trainer_builders import make_dataset
 
+from trainer.data import digest
 from trainer.data import reader as reader_module
+from trainer.data.digest import epoch_digest, row_digest
 from trainer.data.reader import Reader, read_split
 from trainer.data.transform import OOV_ROW
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
 
 ROW = -1  # the dense column that numbers the rows
 
@@ -69,12 +75,224 @@ def test_reader_gives_every_row_once_over_the_ranks(datasets, window_rows, rows,
 def test_reader_gives_the_same_global_batches_to_any_number_of_workers(datasets, window_rows, rows, world_size):
     alone = epoch_of(datasets(rows), 1, shuffle=True, seed=3)
     assert epoch_of(datasets(rows), world_size, shuffle=True, seed=3) == alone
-    assert [len(b) for b in alone] == [20] * 10 + ([17] if rows == 217 else [])
+    assert epoch_of(datasets(rows), world_size, lanes=12) == epoch_of(datasets(rows), 1, lanes=12)
+    mean = rows / len(alone)
+    assert len(alone) == (10 if rows == 200 else 11)
+    assert all(abs(len(b) - mean) < 2 for b in alone)
 
 
-def test_reader_joins_a_remainder_smaller_than_the_workers_to_the_batch_before(datasets):
-    sizes = {w: [len(b) for b in epoch_of(datasets(203), w)] for w in (3, 4)}
-    assert sizes == {3: [20] * 10 + [3], 4: [20] * 9 + [23]}
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_reader_of_tiny_data_gives_each_rank_a_row_of_each_batch(tmp_path, shuffle):
+    """Rows 1..60 with batches from one row to all: whatever fits gives each row once, and the same batches."""
+    dataset = make_dataset(tmp_path, 60, files=2, row_group_rows=7)
+    files = dataset.files["train"]
+    for rows in range(1, 61):
+        dataset.files["train"] = cut_files(files, rows)
+        for batch_size in {1, 2, 3, 4, 5, 11, 12, 13, 20, 23, rows, 100}:
+            seen = set()
+            for world_size in range(1, 5):
+                make = partial(Reader, dataset, "train", batch_size, world_size=world_size, shuffle=shuffle, lanes=12)
+                if world_size > min(rows, batch_size):
+                    with pytest.raises(ConfigError, match=f"fewer than {world_size} workers"):
+                        make()
+                    continue
+                readers = [make(rank=r) for r in range(world_size)]
+                shares = [
+                    [[range(*reader._share(lane.number, b)) for lane in reader._lanes(0, 0)] for b in range(n)]
+                    for reader in readers
+                    for n in [reader.num_batches()]
+                ]
+                assert all(sum(map(len, batch)) for rank in shares for batch in rank), "a rank without a row"
+                sizes = [sum(sum(map(len, rank[b])) for rank in shares) for b in range(len(shares[0]))]
+                assert sum(sizes) == rows
+                assert sizes == [readers[0].batch_rows(b) for b in range(len(sizes))]
+                assert len(sizes) * batch_size >= rows or len(sizes) == rows // readers[0].lanes
+                seen.add(tuple(sizes))
+            assert len(seen) == 1, "the same batches for any number of workers"
+
+
+def cut_files(files, rows: int):
+    """The first `rows` rows of some files, as their row groups' sizes would say."""
+    cut = []
+    for file in files:
+        groups = []
+        for size in file.row_groups:
+            groups.append(min(size, rows))
+            rows -= groups[-1]
+        cut.append(replace(file, row_groups=tuple(g for g in groups if g)))
+    return cut
+
+
+@pytest.mark.parametrize("rows", [2, 5, 11, 12, 13, 25, 40])
+@pytest.mark.parametrize("batch_size", [1, 3, 12, 13, 64])
+def test_reader_of_tiny_data_gives_every_row_once(datasets, rows, batch_size):
+    dataset = datasets(rows)
+    alone = epoch_of(dataset, 1, batch_size, shuffle=True)
+    assert sorted(n for b in alone for n in b) == list(range(rows))
+    for world_size in range(2, min(rows, batch_size, 4) + 1):
+        assert epoch_of(dataset, world_size, batch_size, shuffle=True) == alone
+
+
+def test_reader_for_more_workers_than_lanes_is_refused(datasets):
+    with pytest.raises(ConfigError, match="lanes 12: fewer than 13 workers .*: use 12 workers at most, or .*lanes 13"):
+        Reader(datasets(203), "train", 64, world_size=13, shuffle=True)
+    Reader(datasets(203), "train", 64, world_size=13, shuffle=True, lanes=13)
+    with pytest.raises(ConfigError, match="batch_size 2: fewer than 3 workers"):
+        Reader(datasets(203), "train", 2, world_size=3)
+
+
+# -- what is decoded -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Row groups in the order they are decoded, as (file, row group)."""
+    seen: list[tuple[str, int]] = []
+    original = reader_module.read_chunk
+
+    def counted(dataset, chunk):
+        seen.append((chunk.path, chunk.row_group))
+        return original(dataset, chunk)
+
+    monkeypatch.setattr(reader_module, "read_chunk", counted)
+    return seen
+
+
+@pytest.mark.parametrize("options", [{"shuffle": True}, {"shuffle": True, "lanes": 24}, {}, {"lanes": 12}], ids=str)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_reader_decodes_only_its_ranks_row_groups_and_each_once(datasets, window_rows, decoded, world_size, options):
+    dataset = datasets(217)
+    groups = {(f.path, g) for f in dataset.files["train"] for g in range(len(f.row_groups))}
+    by_rank = []
+    for rank in range(world_size):
+        decoded.clear()
+        list(Reader(dataset, "train", 20, rank=rank, world_size=world_size, **options).slices())
+        assert len(set(decoded)) == len(decoded), "decoded once by a rank"
+        by_rank.append(set(decoded))
+    assert set.union(*by_rank) == groups
+    # a row group across the cut between two ranks is read by both: one at most for each cut
+    assert sum(map(len, by_rank)) - len(groups) <= world_size - 1
+
+
+def test_reader_whose_row_groups_fit_the_lanes_decodes_each_by_one_rank(tmp_path, decoded):
+    dataset = make_dataset(tmp_path, 12 * 8, files=1, row_group_rows=4)  # two row groups a lane
+    for world_size in (2, 3, 4):
+        decoded.clear()
+        for rank in range(world_size):
+            list(Reader(dataset, "train", 24, rank=rank, world_size=world_size, shuffle=True).slices())
+        assert len(decoded) == len(set(decoded)) == 24
+
+
+def test_reader_resumes_without_decoding_what_is_behind(datasets, decoded, monkeypatch):
+    monkeypatch.setattr(reader_module, "WINDOW_ROWS", 1)
+    list(Reader(datasets(217), "train", 20, shuffle=True).slices(start=10))
+    assert 0 < len(decoded) <= 12
+
+
+def test_reader_holds_no_more_than_its_windows(datasets, monkeypatch):
+    monkeypatch.setattr(reader_module, "WINDOW_ROWS", 12 * 9)
+    lanes = Reader(datasets(217), "train", 20, shuffle=True)._lanes(0, 0)
+    assert all(sum(p.rows for p in w.pieces) <= 9 for lane in lanes for w in lane.ahead)
+    assert sum(w.end - w.first for lane in lanes for w in lane.ahead) == 217
+
+
+# -- row numbers, digests, parts of an epoch -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"shuffle": True}, {}], ids=str)
+def test_reader_rows_carry_their_number(datasets, window_rows, options):
+    for rows, _ in Reader(datasets(203), "train", 20, rank=1, world_size=2, **options).slices():
+        np.testing.assert_array_equal(rows.index, rows.encoded.dense[:, ROW].astype(np.int64))
+        assert rows.index.dtype == np.int64
+        assert rows.take(np.array([2, 0])).index.tolist() == rows.index[[2, 0]].tolist()
+    np.testing.assert_array_equal(read_split(datasets(203), "train", 50).index, np.arange(50))
+
+
+def test_digests_of_the_parts_add_up_to_the_epochs(datasets):
+    for epoch in (0, 3):
+        parts = [
+            row_digest(rows.index, epoch)
+            for rank in range(3)
+            for rows, _ in Reader(datasets(203), "train", 20, rank=rank, world_size=3, shuffle=True).slices(epoch)
+        ]
+        assert sum(parts) % 2**64 == epoch_digest(203, epoch)
+
+
+def test_digest_tells_a_row_lost_doubled_swapped_or_of_another_epoch():
+    whole = np.arange(1000)
+    assert row_digest(whole[::-1], 2) == epoch_digest(1000, 2) != epoch_digest(1000, 1)
+    for other in (whole[1:], np.append(whole, 7), np.where(whole == 7, 8, whole), whole + 1):
+        assert row_digest(other, 2) != epoch_digest(1000, 2)
+    assert row_digest(np.array([1]), 2) != row_digest(np.array([2]), 1)
+    assert row_digest(whole[:0], 0) == epoch_digest(0, 0) == 0
+
+
+def test_epoch_digest_is_taken_in_parts(monkeypatch):
+    expected = epoch_digest(1000, 5)
+    monkeypatch.setattr(digest, "DIGEST_ROWS", 77)
+    assert epoch_digest(1000, 5) == expected
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_reader_of_a_fraction_gives_the_first_batches_of_the_epoch(datasets, window_rows, fraction, world_size):
+    whole = epoch_of(datasets(217), 1, epoch=4, shuffle=True)
+    part = epoch_of(datasets(217), world_size, epoch=4, shuffle=True, fraction=fraction)
+    assert part == whole[: max(round(11 * fraction), 1)]
+    reader = Reader(datasets(217), "train", 20, shuffle=True, fraction=fraction)
+    assert reader.num_batches() == len(part)
+    assert reader.epoch_rows() == sum(map(len, part))
+
+
+def test_reader_of_a_fraction_takes_rows_from_all_over(datasets):
+    (rows,) = epoch_of(datasets(200), 1, shuffle=True, fraction=0.1)
+    assert max(rows) - min(rows) > 100
+
+
+# -- a teacher -------------------------------------------------------------------------------------------------------
+
+
+def write_teacher(dataset, folder, width: int = 1, groups: int = 9):
+    """Log-odds row by row: a tenth of the row's number."""
+    at = 0
+    (folder / "train").mkdir(parents=True)
+    for file in dataset.files["train"]:
+        rows = sum(file.row_groups)
+        logits = np.repeat(np.arange(at, at + rows, dtype=np.float32) / 10, width)
+        table = pa.table({"logits": pa.FixedSizeListArray.from_arrays(pa.array(logits), width)})
+        pq.write_table(table, folder / "train" / Path(file.path).name, row_group_size=groups)
+        at += rows
+    return folder
+
+
+def test_reader_gives_the_teachers_logits_of_its_rows(datasets, tmp_path):
+    dataset = datasets(203)
+    folder = write_teacher(dataset, tmp_path / "teacher")
+    for options in ({"shuffle": True}, {}):
+        reader = Reader(dataset, "train", 20, rank=1, world_size=2, teacher=folder, **options)
+        for rows, _ in reader.slices(epoch=1):
+            np.testing.assert_allclose(rows.teacher, rows.index[:, None] / 10)
+    assert next(Reader(dataset, "train", 20).slices())[0].teacher is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"groups": 8}, "teacher has row groups"), ({"width": 2}, "teacher's column 'logits' is .*, it must be")],
+)
+def test_teacher_of_other_rows_or_tasks_is_refused(datasets, tmp_path, options, message):
+    folder = write_teacher(datasets(203), tmp_path / "teacher", **options)
+    with pytest.raises(DataError, match=message):
+        Reader(datasets(203), "train", 20, teacher=folder)
+
+
+def test_teacher_that_is_absent_is_refused(datasets, tmp_path):
+    folder = write_teacher(datasets(203), tmp_path / "teacher")
+    next((folder / "train").iterdir()).unlink()
+    with pytest.raises(DataError, match="part-0.*: teacher cannot be read"):
+        Reader(datasets(203), "train", 20, teacher=folder)
+
+
+# -- resuming --------------------------------------------------------------------------------------------------------
 
 
 def test_reader_of_a_split_smaller_than_a_batch_gives_one(datasets):
@@ -82,10 +300,36 @@ def test_reader_of_a_split_smaller_than_a_batch_gives_one(datasets):
     assert [len(b) for b in batches] == [200]
 
 
-def test_reader_slices_differ_by_one_row_at_most(datasets):
-    sizes = [len(next(Reader(datasets(217), "train", 20, rank=r, world_size=3).batches())[0]) for r in range(3)]
-    assert sum(sizes) == 20
-    assert max(sizes) - min(sizes) <= 1
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_reader_ranks_get_about_equal_slices(datasets, world_size, shuffle):
+    ranks = [
+        Reader(datasets(217), "train", 60, rank=r, world_size=world_size, shuffle=shuffle) for r in range(world_size)
+    ]
+    for slices in zip(*[r.slices() for r in ranks], strict=True):
+        sizes = [len(rows) for rows, _ in slices]
+        assert max(sizes) - min(sizes) <= 12 // world_size
+
+
+@pytest.mark.parametrize("start", [1, 6, 10])
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (2, 1), (3, 4), (4, 2)])
+def test_reader_resumed_by_other_workers_gives_exactly_the_rest(datasets, window_rows, before, after, start):
+    options = {"shuffle": True, "seed": 1, "epoch": 2}
+    first = epoch_of(datasets(217), before, **options)[:start]
+    rest = epoch_of(datasets(217), after, start=start, **options)
+    assert sorted(n for b in first + rest for n in b) == list(range(217))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_reader_masks_do_not_depend_on_the_workers(datasets, world_size):
+    make = partial(Reader, datasets(217), "train", 20, shuffle=True, oov_rate=0.3)
+    alone = [rows.encoded.sparse["history"].values.tolist() for rows, _ in make().slices()]
+    ranks = [make(rank=r, world_size=world_size).slices() for r in range(world_size)]
+    shared = [
+        [v for rows, _ in slices for v in rows.encoded.sparse["history"].values.tolist()]
+        for slices in zip(*ranks, strict=True)
+    ]
+    assert shared == alone
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -124,9 +368,11 @@ def test_reader_shuffles_across_the_split(datasets):
 
 
 def test_reader_without_shuffle_keeps_the_order(datasets, window_rows):
-    for world_size in (1, 3):
-        batches = epoch_of(datasets(217), world_size, epoch=5)
-        assert [n for b in batches for n in b] == list(range(217))
+    batches = epoch_of(datasets(217), 1, epoch=5)
+    assert [n for b in batches for n in b] == list(range(217))
+    for rank in range(3):  # a rank's share is its own third of the split
+        slices = list(Reader(datasets(217), "train", 20, rank=rank, world_size=3).batches(5))
+        assert [n for b, _ in slices for n in numbers(b)] == list(range(217 * rank // 3, 217 * (rank + 1) // 3))
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

@@ -11,7 +11,7 @@ DIR/sample.parquet          raw validation rows, for golden requests and parity 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from trainer.data.schema import DataConfig
 from trainer.data.transform import Transform, load_transform, read_arrow
 from trainer.errors import DataError
 
@@ -28,11 +29,6 @@ FORMAT_VERSION = 1
 LABELS = "labels"
 DENSE = "dense"
 GROUP = "group"
-
-
-def sparse_column(feature: str) -> str:
-    """The prepared column that holds the rows of a sparse feature."""
-    return f"sparse.{feature}"
 
 
 @dataclass(frozen=True)
@@ -52,6 +48,15 @@ class Dataset:
     files: dict[str, list[PartFile]]
     positives: dict[str, list[int]]
     manifest: dict[str, Any]
+
+    def sized(self, data: DataConfig, embedding_dim: int) -> Dataset:
+        """The same data, its tables as wide as a run's model asks for (prepared rows do not depend on it)."""
+        return replace(self, transform=self.transform.with_dims(data.features, embedding_dim))
+
+    @property
+    def negative_rate(self) -> float:
+        """The share of the training split's negatives that prepare kept."""
+        return float(self.manifest.get("negative_rate", 1.0))
 
     def rows(self, split: SplitName) -> int:
         """Rows of a split."""

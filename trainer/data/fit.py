@@ -1,17 +1,18 @@
 """Statistics of the training rows -> a fitted Transform.
 
 `FitStats` is what one fragment says; it merges with others in any order. `fit_transform` turns the sum into
-vocabularies, quantile buckets and means. Pure: no files, no Ray.
+vocabularies, quantile buckets and means; `extend_transform` adds the ids of new rows to an older transform. Pure: no
+files, no Ray.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
 
-from trainer.data.schema import CategoricalFeature, DataConfig, MultiFeature, NumericFeature
+from trainer.data.schema import DataConfig, MultiFeature, NumericFeature, SequenceFeature, TableOptions
 from trainer.data.transform import (
     RESERVED_ROWS,
     IdMap,
@@ -96,7 +97,7 @@ def observe(raw: pa.Table, data: DataConfig, seed: int) -> FitStats:
         if isinstance(feature, NumericFeature):
             stats.numbers[feature.name] = _observe_number(as_numbers(column, feature.source), feature, rng)
             continue
-        if isinstance(feature, MultiFeature):
+        if isinstance(feature, MultiFeature | SequenceFeature):
             column = split_bags(column, feature)[0]
         if _hash_size(feature, data) is None:
             keys, missing = hash_ids(column, feature.source)
@@ -117,9 +118,9 @@ def _observe_number(numbers: np.ndarray, feature: NumericFeature, rng: np.random
     return stats
 
 
-def _hash_size(feature: CategoricalFeature | MultiFeature, data: DataConfig) -> int | None:
+def _hash_size(feature: TableOptions, data: DataConfig) -> int | None:
     owner = next(f for f in data.features if f.name == feature.table_name)
-    return owner.hash_size if isinstance(owner, CategoricalFeature | MultiFeature) else None
+    return owner.hash_size if isinstance(owner, TableOptions) else None
 
 
 def fit_transform(stats: FitStats, data: DataConfig, default_dim: int) -> Transform:
@@ -150,6 +151,57 @@ def fit_transform(stats: FitStats, data: DataConfig, default_dim: int) -> Transf
         rows = id_map.size + RESERVED_ROWS
         tables[name] = TableInfo(name, kind, rows, owner.dim or default_dim, readers)  # type: ignore[arg-type]
     return Transform(data, tables, id_maps, numerics)
+
+
+def extend_transform(old: Transform, stats: FitStats, data: DataConfig, default_dim: int) -> Transform:
+    """An older transform that knows the ids of new training rows too.
+
+    Numbers, buckets, hash sizes and the rows of known ids stay as they are. Ids that are new, and seen `min_count`
+    times in the new rows, are appended to their vocabularies in the order of their hashes.
+    Raises: DataError naming the first feature that differs from the older transform's.
+    """
+    check_extends(old, data, default_dim)
+    tables, id_maps = dict(old.tables), dict(old.id_maps)
+    for name, table in old.tables.items():
+        if table.kind != "vocabulary":
+            continue
+        owner = next(f for f in data.sparse_features if f.name == name)
+        assert isinstance(owner, TableOptions), "a vocabulary belongs to ids"
+        keys, counts = sum_counts(stats.ids.get(name, []))
+        frequent = keys[counts >= (owner.min_count or data.min_count)]
+        known = old.id_maps[name].keys_by_row()
+        new = np.setdiff1d(frequent, known, assume_unique=True)
+        id_maps[name] = IdMap.of_rows(np.concatenate([known, np.sort(new)]))
+        tables[name] = replace(table, num_embeddings=id_maps[name].size + RESERVED_ROWS)
+    return Transform(data, tables, id_maps, old.numerics, (*old.lineage, old.fingerprint()))
+
+
+def check_extends(old: Transform, data: DataConfig, default_dim: int) -> None:
+    """Raises: DataError naming the first feature or embedding_dim that differs from an older transform's."""
+    before = {f.name: f for f in old.schema.features}
+    now = {f.name: f for f in data.features}
+    start = "leave out --continue-from, or restore the config"
+    for name in [*before, *now]:
+        if name not in now or name not in before:
+            where = "not in the config" if name in before else "not in the data to continue from"
+            raise DataError(f"feature {name!r}: {where}: features must stay the same: {start}")
+        was, wanted = before[name].model_dump(), now[name].model_dump()
+        changed = next((k for k in {**was, **wanted} if was.get(k) != wanted.get(k)), None)
+        if changed is not None:
+            raise DataError(
+                f"feature {name!r}: {changed} is {wanted.get(changed)!r}, the data to continue from has "
+                f"{was.get(changed)!r}: features must stay the same: {start}"
+            )
+    if list(before) != list(now):
+        raise DataError(f"features: their order differs from that of the data to continue from: {start}")
+    for feature in data.sparse_features:
+        table = old.tables[feature.table_name]
+        dim = feature.dim or default_dim
+        if table.name == feature.name and table.embedding_dim != dim:
+            raise DataError(
+                f"table {table.name!r}: embedding_dim {dim}, the data to continue from has {table.embedding_dim}: "
+                f"{start}"
+            )
 
 
 def _fit_number(stats: NumberStats, feature: NumericFeature) -> NumericStats:

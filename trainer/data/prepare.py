@@ -26,17 +26,17 @@ import ray
 import ray.data
 
 from trainer.config import RunConfig
-from trainer.data.dataset import DENSE, FORMAT_VERSION, GROUP, LABELS, SPLITS, sparse_column
-from trainer.data.encoded import Encoded, to_column
-from trainer.data.fit import FitStats, fit_transform, observe, sum_counts
+from trainer.data.dataset import DENSE, FORMAT_VERSION, GROUP, LABELS, SPLITS
+from trainer.data.encoded import Encoded, to_columns
+from trainer.data.fit import FitStats, check_extends, extend_transform, fit_transform, observe, sum_counts
 from trainer.data.log import Fragment, csv_to_parquet, find_files, fragments_of
-from trainer.data.schema import DataConfig, comparison, parse_comparison
-from trainer.data.transform import OOV_ROW, Transform, as_numbers, as_text, flat, hash_ids, write_arrow
+from trainer.data.schema import DataConfig, columns_of, comparison, parse_comparison
+from trainer.data.transform import OOV_ROW, Transform, as_numbers, as_text, flat, hash_ids, load_transform, write_arrow
 from trainer.errors import DataError, SlimrankError
 from trainer.files import new_directory, write_json
 from trainer.progress import ReportProgress
 
-ROW_GROUP_ROWS = 65_536
+ROW_GROUP_ROWS = 16_384  # a training rank holds some row groups of each of its lanes at once
 SAMPLE_ROWS = 256
 
 
@@ -160,7 +160,7 @@ def _write_rows(fragment: Fragment, splitter: Splitter, transform: Transform, fo
 def _prepared_table(encoded: Encoded, labels: np.ndarray, groups: np.ndarray | None) -> pa.Table:
     columns: dict[str, pa.Array] = {}
     for name, ragged in encoded.sparse.items():
-        columns[sparse_column(name)] = to_column(ragged)
+        columns |= to_columns(name, ragged)
     if encoded.dense.shape[1]:
         columns[DENSE] = pa.FixedSizeListArray.from_arrays(pa.array(encoded.dense.ravel()), encoded.dense.shape[1])
     columns[LABELS] = pa.FixedSizeListArray.from_arrays(pa.array(labels.ravel()), labels.shape[1])
@@ -182,7 +182,7 @@ def _seen_items(raw: pa.Table, data: DataConfig, fragment: Fragment) -> pa.Table
     if data.ids.item is None:
         return None
     wanted = [data.ids.item, *([data.title] if data.title else [])]
-    wanted += [f.source for f in data.features if f.side == "item"]
+    wanted += [c for f in data.features if f.side == "item" for c in columns_of(f)]
     table = raw.select(list(dict.fromkeys(wanted)))
     if data.timestamp is not None:
         when = timestamps(raw, data)
@@ -205,13 +205,18 @@ def _last_seen(items: pa.Table) -> pa.Table:
 # -- the shell -------------------------------------------------------------------------------------------------------
 
 
-def prepare(run: RunConfig, out: Path, progress: ReportProgress) -> dict[str, Any]:
+def prepare(run: RunConfig, out: Path, progress: ReportProgress, continue_from: Path | None = None) -> dict[str, Any]:
     """Prepare a run's log into the folder `out`; Ray must be connected.
 
+    With `continue_from`, a folder that was prepared before, its transform is kept and new ids are appended to it.
     Returns the rows of each split and the tables, as `slimrank data prepare --json` prints them.
-    Raises: DataError when the log does not fit the schema, a split is empty, or a label has one class.
+    Raises: DataError when the log does not fit the schema, a split is empty, or a label has one class, or when the
+    features are not those of `continue_from`.
     """
-    data = run.data
+    data, dim = run.data, run.model.embedding_dim
+    old = None if continue_from is None else load_transform(Path(continue_from).absolute())
+    if old is not None:
+        check_extends(old, data, dim)
     started = time.monotonic()
     with new_directory(Path(out)) as staging:
         fragments = fragments_of(_as_parquet(find_files(data), data, staging, progress), data)
@@ -221,7 +226,7 @@ def prepare(run: RunConfig, out: Path, progress: ReportProgress) -> dict[str, An
             stats.merge(part)
         if stats.rows == 0:
             raise DataError("split train: no rows: check data.split against the log")
-        transform = fit_transform(stats, data, run.model.embedding_dim)
+        transform = fit_transform(stats, data, dim) if old is None else extend_transform(old, stats, data, dim)
         for split in SPLITS:
             (staging / split).mkdir()
         write = partial(_write_rows, splitter=splitter, transform=transform, folder=staging)
@@ -313,6 +318,8 @@ def _finish(parts: list[Written], transform: Transform, data: DataConfig, folder
             split: {f: sum(p.unknown[split].get(f, 0) for p in parts) for f in transform.sparse} for split in SPLITS
         },
         "fingerprint": transform.fingerprint(),
+        "extends": transform.lineage[-1] if transform.lineage else None,
+        "lineage": list(transform.lineage),
         "files": files,
     }
 

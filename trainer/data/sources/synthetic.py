@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from trainer.data.digest import splitmix64 as mix
 from trainer.files import new_directory, write_json
 from trainer.metrics import auc, row_losses
 from trainer.progress import ReportProgress
@@ -32,15 +33,6 @@ CRITEO_SIZES = (
     *(1460, 583, 10_131_227, 2_202_608, 305, 24, 12_517, 633, 3, 93_145, 5683, 8_351_593, 3194),
     *(27, 14_992, 5_461_306, 10, 5652, 2173, 4, 7_046_547, 18, 15, 286_181, 105, 142_572),
 )
-
-
-def mix(values: np.ndarray, salt: int) -> np.ndarray:
-    """SplitMix64 of uint64 values under a salt: uniform 64-bit words."""
-    with np.errstate(over="ignore"):
-        z = values.astype(np.uint64) + np.uint64((salt * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % 2**64)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
 
 
 def gaussian(values: np.ndarray, salt: int) -> np.ndarray:
