@@ -292,7 +292,7 @@ def examine(run: RunConfig | None, data: Path | None, address: str | None) -> li
     """All checks on this machine; those of the run with `run`, those of its tables with sizes that can be known."""
     from trainer.machine import cores, machine_memory_bytes
 
-    workers = run.train.workers if run is not None else 2
+    workers = run.train.max_workers if run is not None else 2
     address = address or os.environ.get("RAY_ADDRESS")
     failure = import_error()
     findings = [
@@ -336,8 +336,7 @@ def examine_tables(run: RunConfig | None, data: Path | None, workers: int) -> li
         return [Finding("memory", "warn", "the tables' sizes are not known before the log is prepared", fix)]
     tables = list(known.tables.values())
     optimizer = table_optimizer(run) if run is not None else "rowwise_adagrad"
-    dtype = str(getattr(run.train, "table_dtype", "fp32")) if run is not None else "fp32"
-    findings = check_tables({t.name: t.embedding_dim for t in tables}, optimizer, dtype, device)
+    findings = check_tables({t.name: t.embedding_dim for t in tables}, optimizer, "fp32", device)
     try:
         state = sum(state_bytes(optimizer, t.num_embeddings, t.embedding_dim) for t in tables)
         if run is not None:

@@ -235,7 +235,7 @@ def find_tables(run: RunConfig, data: Path | None, rows: Mapping[str, int]) -> T
 
 def table_optimizer(run: RunConfig) -> str:
     """The run's table optimizer, by name."""
-    return str(getattr(run.train, "table_optimizer", "rowwise_adagrad"))
+    return run.train.table_optimizer
 
 
 def dry_run(run: RunConfig, known: Tables, cluster: Cluster) -> dict[str, Any]:
@@ -246,7 +246,8 @@ def dry_run(run: RunConfig, known: Tables, cluster: Cluster) -> dict[str, Any]:
     numerics = {f.name: NumericStats(0.0, 1.0, 0.0, 1.0, False) for f in run.data.features if f.kind == "numeric"}
     model = build_ranker(run.model, Transform(run.data, known.tables, {}, numerics))
     fuse_table_optimizer(model.embeddings, run.train)
-    batch = run.train.batch_rows(known.train_rows) if known.train_rows else run.train.batch_size or DEFAULT_BATCH
+    told = run.train.all_stages[-1].batch_size or run.train.batch_size or DEFAULT_BATCH
+    batch = run.train.batch_rows(known.train_rows) if known.train_rows else told
     where = planner_topology(cluster, run.train.sharding.memory_share)
     planned = plan_tables(
         model,
@@ -307,8 +308,6 @@ def device_costs(
             tables_bytes = own["weight_bytes"] + own["optimizer_bytes"]
             in_host = option.compute_kernel.startswith("fused_uvm")
             counted = storage.ddr if on_cpu else storage.hbm
-            if option.sharding_type == "data_parallel":
-                tables_bytes = min(tables_bytes, own["weight_bytes"] * 2)  # the planner knows of no dense moments
             found[rank]["activation_bytes"] += max(counted - (0 if in_host else tables_bytes), 0)
             found[rank]["host_bytes"] += tables_bytes if in_host else 0
             found[rank]["step_ms"] += perf.total

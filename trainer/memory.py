@@ -43,9 +43,9 @@ def plan_memory(
 ) -> list[dict[str, int]]:
     """Bytes of each rank's tables under a plan, as `describe_plan` gives it.
 
-    Each rank has weight_bytes (fp32), optimizer_bytes (fused state; for data_parallel tables, which the dense AdamW
-    trains, its two moments) and gradient_bytes (data_parallel only: a fused table's gradient never exists whole).
-    A data_parallel table is on every rank. Not counted: activations, UVM caches, the dense part.
+    Each rank has weight_bytes (fp32), optimizer_bytes (the table optimizer's state) and gradient_bytes (data_parallel
+    tables only, which are on every rank: a fused table's gradient never exists whole).
+    Not counted: activations, UVM caches, the dense part.
     """
     ranks = [{"rank": r, "weight_bytes": 0, "optimizer_bytes": 0, "gradient_bytes": 0} for r in range(world_size)]
     for name, how in described.items():
@@ -58,7 +58,7 @@ def plan_memory(
             table = tables[name]
             for held in ranks:
                 held["weight_bytes"] += table.fp32_bytes
-                held["optimizer_bytes"] += state_bytes("adam", table.num_embeddings, table.embedding_dim)
+                held["optimizer_bytes"] += state_bytes(optimizer, table.num_embeddings, table.embedding_dim)
                 held["gradient_bytes"] += table.fp32_bytes
     return ranks
 
@@ -66,8 +66,8 @@ def plan_memory(
 def measured_memory(model: DistributedModelParallel) -> dict[str, int | None]:
     """What this rank really holds, to stand beside the estimate after a run.
 
-    table_bytes: weights and fused optimizer state of the tables (the state that data_parallel tables have in the dense
-    optimizer is not in it). peak_rss_bytes: of the process so far. cuda_peak_bytes: None without CUDA.
+    table_bytes: weights and fused optimizer state of the tables (the state of data_parallel tables, which lies in an
+    optimizer of its own, is not in it). peak_rss_bytes: of the process so far. cuda_peak_bytes: None without CUDA.
     """
     held = [value for key, value in model.state_dict().items() if "embedding_bags." in key]
     for slots in model.fused_optimizer.state_dict()["state"].values():

@@ -35,6 +35,7 @@ from torchrec.distributed.planner.types import (
 from torchrec.distributed.types import (
     CacheParams,
     CommOp,
+    LazyAwaitable,
     ParameterSharding,
     QuantizedCommCodecs,
     ShardingEnv,
@@ -71,14 +72,31 @@ class FilledBatches(ShardedEmbeddingBagCollection):
     even = False
     multiple = 1
 
-    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
-        """Pooled embeddings (B local rows, D) of this rank's rows."""
+    def input_dist(self, ctx: Any, features: KeyedJaggedTensor) -> Any:
+        """Send ids where their rows are, in a batch filled up; TorchRec's pipeline calls this a step ahead."""
         rows = features.stride()
         wanted = torch.tensor([-(-rows // self.multiple) * self.multiple])
         if self.even:
             dist.all_reduce(wanted, dist.ReduceOp.MAX, group=self._env.process_group)
-        pooled = super().forward(filled_up(features, int(wanted))).wait()
-        return KeyedTensor(pooled.keys(), pooled.length_per_key(), pooled.values()[:rows])
+        ctx.local_rows = rows
+        return super().input_dist(ctx, filled_up(features, int(wanted)))
+
+    def compute_and_output_dist(self, ctx: Any, input: Any) -> LazyAwaitable[KeyedTensor]:  # noqa: A002
+        """Pooled embeddings (B local rows, D) of this rank's rows."""
+        return FirstRows(super().compute_and_output_dist(ctx, input), ctx.local_rows)
+
+
+class FirstRows(LazyAwaitable[KeyedTensor]):
+    """The first rows of pooled embeddings that are still on their way."""
+
+    def __init__(self, pooled: LazyAwaitable[KeyedTensor], rows: int) -> None:
+        super().__init__()
+        self.pooled = pooled
+        self.rows = rows
+
+    def _wait_impl(self) -> KeyedTensor:
+        pooled = self.pooled.wait()
+        return KeyedTensor(pooled.keys(), pooled.length_per_key(), pooled.values()[: self.rows])
 
 
 def filled_up(features: KeyedJaggedTensor, rows: int) -> KeyedJaggedTensor:
@@ -87,6 +105,7 @@ def filled_up(features: KeyedJaggedTensor, rows: int) -> KeyedJaggedTensor:
     return KeyedJaggedTensor(
         keys=features.keys(),
         values=features.values(),
+        weights=features.weights_or_none(),
         lengths=nn.functional.pad(lengths, (0, rows - features.stride())).view(-1),
     )
 
@@ -249,7 +268,7 @@ def leaves_empty_shards(rows: int, world_size: int) -> bool:
 def allowed_types(asked: TableSharding, table_optimizer: str, device: str, rows: int, world_size: int) -> list[str]:
     """Sharding types the planner may choose from; `auto` stands for those whose result does not depend on the plan.
 
-    data_parallel is not among those: such a table is trained by the dense optimizer.
+    data_parallel is not among those: it would cost each worker a gradient of the whole table a step.
     """
     if asked.type != "auto":
         return [str(asked.type)]
@@ -269,22 +288,35 @@ def constraints_of(
     table_optimizer: str,
     device: str,
     world_size: int,
-    ids_per_row: Mapping[str, float],
+    lookups: Mapping[str, list[float]],
 ) -> dict[str, ParameterConstraints]:
-    """The planner's constraints. A table's lookups are spread evenly over the features that read it."""
+    """The planner's constraints. `lookups`: mean lookups by a row of the log, of each way that a table is read."""
     constraints = {}
     for name, table in tables.items():
         want = asked[name]
         kernel = want.kernel or ("dense" if want.type == "data_parallel" else "fused")
-        readers = len(table.features)
         constraints[module_name(name)] = ParameterConstraints(
             sharding_types=allowed_types(want, table_optimizer, device, table.num_embeddings, world_size),
             compute_kernels=[EmbeddingComputeKernel(kernel).value],
             min_partition=want.min_partition,
-            pooling_factors=[ids_per_row.get(name, float(readers)) / readers] * readers,
+            pooling_factors=lookups[name],
             cache_params=CacheParams(load_factor=want.cache_load_factor) if want.cache_load_factor else None,
         )
     return constraints
+
+
+def lookups_of(model: nn.Module, ids_per_row: Mapping[str, float]) -> dict[str, list[float]]:
+    """By table, the mean lookups of each feature that the model reads it with (a sequence reads at each position).
+
+    A table's `ids_per_row` are spread evenly over them; 1 each where it has none.
+    """
+    bags = [module for module in model.modules() if isinstance(module, EmbeddingBagCollection)]
+    readers = {
+        table.name.removeprefix(module_name("")): len(table.feature_names)
+        for module in bags
+        for table in module.embedding_bag_configs()
+    }
+    return {name: [ids_per_row.get(name, float(count)) / count] * count for name, count in readers.items()}
 
 
 # -- the plan --------------------------------------------------------------------------------------------------------
@@ -341,7 +373,9 @@ def plan_tables(
     """
     device = where.compute_device
     asked = check_sharding(tables, sharding, device, where.world_size, table_optimizer)
-    constraints = constraints_of(tables, asked, table_optimizer, device, where.world_size, ids_per_row or {})
+    constraints = constraints_of(
+        tables, asked, table_optimizer, device, where.world_size, lookups_of(model, ids_per_row or {})
+    )
     kept = _Kept()
     offered = sharders(sharding.comms, device)
     enumerator = EmbeddingEnumerator(topology=where, batch_size=local_batch_size, constraints=constraints)
@@ -365,9 +399,7 @@ def plan_tables(
 def check_copies(
     described: Mapping[str, Mapping[str, Any]], tables: Mapping[str, TableInfo], table_optimizer: str, where: Topology
 ) -> None:
-    """Raises: ConfigError when data_parallel tables do not fit with what the planner does not count: the gradient and
-    AdamW's two moments, whole on every worker.
-    """
+    """Raises: ConfigError when data_parallel tables do not fit with the gradient that the planner does not count."""
     copies = [name for name, how in described.items() if how["sharding_type"] == "data_parallel"]
     on_device = {n: how for n, how in described.items() if not how["compute_kernel"].startswith("fused_uvm")}
     storage = where.devices[0].storage
@@ -375,10 +407,10 @@ def check_copies(
     held = plan_memory(on_device, tables, table_optimizer, where.world_size) if copies else []
     most = max((sum(rank.values()) - rank["rank"] for rank in held), default=0)
     if most > cap:
-        needs = [Need(name, 4 * tables[name].fp32_bytes, 4 * tables[name].fp32_bytes) for name in copies]
+        needs = [Need(name, 2 * tables[name].fp32_bytes, 2 * tables[name].fp32_bytes) for name in copies]
         raise ConfigError(
             f"tables do not fit {where.world_size} worker(s) with {readable(cap)} each, {readable(most - cap)} lacks: "
-            f"data_parallel tables take their weights four times on each worker (gradient and AdamW's moments): "
+            f"data_parallel tables take their weights twice on each worker (they have a whole gradient): "
             f"{misfit_list(needs)}: use type row_wise or table_wise"
         )
 

@@ -141,13 +141,11 @@ def test_tables_that_do_not_fit_are_named_with_what_is_missing() -> None:
         planned("1x2xL4-24GB", {"default": "row_wise"})
 
 
-def test_copies_are_refused_with_the_gradient_and_moments_that_the_planner_leaves_out() -> None:
-    rows = {"user": 80_000_000, "item": 1000}  # 20.5 GB
+def test_copies_are_refused_with_the_gradient_that_the_planner_leaves_out() -> None:
+    rows = {"user": 120_000_000, "item": 1000}  # 30.7 GB
     whole = planned("1x2xH100-80GB", **rows)
     assert whole["tables"]["user"]["sharding_type"] == "table_wise"
-    with pytest.raises(
-        ConfigError, match=r"data_parallel tables take .* four times .*: user 81\.92 GB: use type row_wise"
-    ):
+    with pytest.raises(ConfigError, match=r"data_parallel tables take .* twice .*: user 61\.44 GB: use type row_wise"):
         planned("1x2xH100-80GB", {"tables": {"user": "data_parallel"}}, **rows)
     result = planned("1x2xH100-80GB", {"tables": {"city": "data_parallel"}}, **rows)
     assert result["tables"]["city"]["ranks"] == [0, 1]
