@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -246,6 +247,23 @@ def prepare(run: RunConfig, out: Path, progress: ReportProgress, continue_from: 
         },
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def fit_tables(run: RunConfig, progress: ReportProgress) -> Transform:
+    """The transform that `prepare` would fit, and nothing written; Ray must be connected.
+
+    Raises: DataError as `prepare` does.
+    """
+    data = run.data
+    with tempfile.TemporaryDirectory(prefix="slimrank-fit-") as staging:
+        fragments = fragments_of(_as_parquet(find_files(data), data, Path(staging), progress), data)
+        splitter = _fit_splitter(fragments, data, progress)
+        stats = FitStats()
+        for part in _map(partial(_observe_rows, splitter=splitter), fragments, "fit", progress):
+            stats.merge(part)
+    if stats.rows == 0:
+        raise DataError("split train: no rows: check data.split against the log")
+    return fit_transform(stats, data, run.model.embedding_dim)
 
 
 def _as_parquet(files: list, data: DataConfig, staging: Path, progress: ReportProgress) -> list:
