@@ -27,12 +27,15 @@ from trainer.data.transform import (
 )
 from trainer.errors import DataError
 
-QUANTILE_SAMPLE = 200_000  # values a fragment contributes to the quantiles at most; exact below that
+QUANTILE_SAMPLE = 1_000_000  # values that quantiles are taken from at most; exact below that
 
 
 @dataclass
 class NumberStats:
-    """Sums of one number over training rows."""
+    """Sums of one number over training rows.
+
+    `sample` holds parts (n, 2): values, and the random priorities by which the lowest stay in a sample of all.
+    """
 
     count: int = 0
     missing: int = 0
@@ -52,7 +55,17 @@ class NumberStats:
             self.spread += other.spread + apart * apart * self.count * other.count / both
         self.count = both
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
-        self.sample += other.sample
+        self.sample = self.sample + other.sample
+        if sum(len(s) for s in self.sample) > 2 * QUANTILE_SAMPLE:
+            self.sample = [thinned(self.sample)]
+
+
+def thinned(parts: list[np.ndarray]) -> np.ndarray:
+    """The QUANTILE_SAMPLE rows of lowest priority of parts (n, 2): a uniform sample, whatever the parts were."""
+    rows = np.concatenate(parts)
+    if len(rows) <= QUANTILE_SAMPLE:
+        return rows
+    return rows[np.argpartition(rows[:, 1], QUANTILE_SAMPLE - 1)[:QUANTILE_SAMPLE]]
 
 
 @dataclass
@@ -114,7 +127,7 @@ def _observe_number(numbers: np.ndarray, feature: NumericFeature, rng: np.random
         stats.spread = float(np.square(known - stats.mean).sum())
         stats.low, stats.high = float(known.min()), float(known.max())
         if feature.transform == "bucketize":
-            stats.sample = [known if len(known) <= QUANTILE_SAMPLE else rng.choice(known, QUANTILE_SAMPLE, False)]
+            stats.sample = [thinned([np.stack([known, rng.random(len(known))], axis=1)])]
     return stats
 
 
@@ -210,6 +223,6 @@ def _fit_number(stats: NumberStats, feature: NumericFeature) -> NumericStats:
     std = float(np.sqrt(stats.spread / stats.count))
     boundaries: tuple[float, ...] = ()
     if feature.transform == "bucketize":
-        quantiles = np.quantile(np.concatenate(stats.sample), np.arange(1, feature.buckets) / feature.buckets)
+        quantiles = np.quantile(thinned(stats.sample)[:, 0], np.arange(1, feature.buckets) / feature.buckets)
         boundaries = tuple(float(q) for q in np.unique(quantiles))
     return NumericStats(stats.mean, std if std > 1e-12 else 1.0, stats.low, stats.high, stats.missing > 0, boundaries)
