@@ -11,9 +11,9 @@ from pydantic import BaseModel
 from compress.config import CompressionPlan, SearchConfig, TablePlan
 from serve.config import ServeConfig
 from trainer.config import ModelConfig, RunConfig, TrainConfig
-from trainer.data.schema import CategoricalFeature, DataConfig, Ids, MultiFeature, NumericFeature, Split, Task
+from trainer.data.schema import CategoricalFeature, Clean, DataConfig, Ids, MultiFeature, NumericFeature, Split, Task
 
-SECTIONS = [RunConfig, DataConfig, Split, Ids, Task, CategoricalFeature, MultiFeature, NumericFeature]
+SECTIONS = [RunConfig, DataConfig, Split, Clean, Ids, Task, CategoricalFeature, MultiFeature, NumericFeature]
 SECTIONS += [ModelConfig, TrainConfig, CompressionPlan, TablePlan, SearchConfig, ServeConfig]
 
 

@@ -10,9 +10,10 @@ import pytest
 from trainer_builders import data_of, fitted, make_run, prepare_here, random_log, whole
 
 from trainer.data import prepare
+from trainer.data.clean import read_labels
 from trainer.data.dataset import LABELS, SPLITS, sparse_column
 from trainer.data.log import Fragment, find_files, fragments_of
-from trainer.data.prepare import Splitter, check_splits, read_labels, timestamps
+from trainer.data.prepare import Splitter, check_splits, timestamps
 from trainer.data.reader import read_split
 from trainer.data.transform import OOV_ROW
 from trainer.errors import DataError
@@ -47,7 +48,7 @@ def test_split_by_time_cuts_at_the_fractions(tmp_path):
         pq.write_table(pa.table({"any": times % 3, "label": times % 2, "time": times}), tmp_path / f"{name}.parquet")
     data = data_of(ANY, input=str(tmp_path / "*.parquet"), split={"by": "timestamp"}, timestamp="time")
     fragments = fragments_of(find_files(data), data)
-    observed = [prepare._observe_times(f, data) for f in fragments]
+    observed = [timestamps(f.read(["time"]), data) for f in fragments]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "_map", lambda function, items, what, progress: [function(i) for i in items])
         splitter = prepare._fit_splitter(fragments, data, lambda *a: None)

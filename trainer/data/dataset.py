@@ -1,6 +1,7 @@
 """A prepared data set on disk: what prepare writes and training, tuning and evaluation read.
 
-DIR/dataset.json            format version, rows and files of each split, positives, out-of-vocabulary shares
+DIR/dataset.json            format version, rows and files of each split, positives, out-of-vocabulary shares, what
+                            cleaning dropped, the rate at which negatives were kept, the data sets it continues
 DIR/transform.json          the fitted transform (trainer/data/transform.py), with vocabulary/TABLE.arrow
 DIR/counts/TABLE.arrow      lookups of each row in the training split
 DIR/{train,val,test}/*.parquet
@@ -61,6 +62,11 @@ class Dataset:
         """The group of each row (N,) uint64, where the schema names a group or a user."""
         tables = [pq.read_table(f.path, columns=[GROUP]) for f in self.files[split] if self._has_groups]
         return pa.concat_tables(tables)[GROUP].to_numpy() if tables else None
+
+    @property
+    def negative_rate(self) -> float:
+        """The probability with which a row of label 0 was kept in the training split; 1 when all were."""
+        return float(self.manifest.get("negative_rate", 1.0))
 
     @property
     def _has_groups(self) -> bool:
