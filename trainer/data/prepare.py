@@ -418,7 +418,7 @@ def _map(function: Callable[[Any], Any], items: Sequence[Any], what: str, progre
     progress(what, 0, len(items))
     early: dict[int, Any] = {}  # what came before its turn
     given = 0
-    for done, row in enumerate(blocks.map(work).iter_rows(prefetch_batches=0), start=1):
+    for done, row in enumerate(blocks.map(work).iter_rows(), start=1):
         early[row["index"]] = pickle.loads(row["result"])
         progress(what, done, len(items))
         while given in early:
