@@ -18,6 +18,7 @@ import click
 from cluster.output import Progress, duration, emit, size
 from trainer.errors import SlimrankError
 
+METRIC_WORDS = {"auc": "AUC", "ne": "NE", "log_loss": "log loss", "gauc": "GAUC", "f1": "F1"}
 FOLDER = click.Path(path_type=Path, file_okay=False, resolve_path=True)
 FILE = click.Path(path_type=Path, dir_okay=False, resolve_path=True)
 
@@ -345,15 +346,24 @@ def size_lines(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def metric_lines(metrics: dict[str, Any], label: str) -> list[str]:
-    """Metrics of one task, or of several, for people."""
+def metric_lines(metrics: dict[str, Any], label: str, width: int = 80) -> list[str]:
+    """Metrics of one task, or of several, for people: a line or two a task, within `width` columns."""
     if "auc" not in metrics:
         tasks = {task: inner for task, inner in metrics.items() if isinstance(inner, dict)}
-        return [line for task, inner in tasks.items() for line in metric_lines(inner, f"{label} {task}")]
-    return [
-        f"{label}: AUC {metrics['auc']:.5f}  NE {metrics['ne']:.5f}  log loss {metrics['log_loss']:.5f}"
-        f"  calibration {metrics['calibration']:.4f}"
-    ]
+        return [line for task, inner in tasks.items() for line in metric_lines(inner, f"{label} {task}", width)]
+    places = {"auc": 5, "ne": 5, "log_loss": 5, "calibration": 4, "gauc": 5}
+    places |= {name: 4 for name in metrics if name.startswith("ndcg@")} | {"f1": 4}
+    lines = [f"{label}:"]
+    for name, digits in places.items():
+        if name in metrics:
+            value = "-" if metrics[name] is None else f"{metrics[name]:.{digits}f}"
+            part = f"{METRIC_WORDS.get(name, name.replace('ndcg', 'NDCG'))} {value}"
+            gap = " " if lines[-1].endswith(":") else "  "
+            if len(lines[-1]) + len(gap) + len(part) > width:
+                lines.append(f"  {part}")
+            else:
+                lines[-1] += gap + part
+    return lines
 
 
 if __name__ == "__main__":

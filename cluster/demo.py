@@ -95,7 +95,8 @@ def run_demo(
             say(f"  {line}")
 
         step(5, "compare: fp32 against compressed, on the test split, one thread")
-        dataset, checkpoint = open_dataset(folder / "prepared"), open_checkpoint(folder / "train")
+        checkpoint = open_checkpoint(folder / "train")
+        dataset = data_of(checkpoint, open_dataset(folder / "prepared"))
         plan = CompressionPlan(default=TablePlan(bits=32))
         profiles = profile_tables(checkpoint, dataset, progress.step)
         compress(checkpoint, dataset, plan, folder / "fp32", profiles, progress.step)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from trainer.data.encoded import Encoded, from_column, to_column
+from trainer.data.encoded import Encoded, from_columns, to_columns
 from trainer.data.transform import Transform, flat, hash_ids, pick, read_arrow, write_arrow
 
 
@@ -60,7 +60,7 @@ def write_catalogue(path: Path, items: pa.Table, transform: Transform) -> None:
     if schema.title is not None:
         columns["title"] = flat(items[schema.title]).cast(pa.string())
     for name, ragged in encoded.sparse.items():
-        columns[f"sparse.{name}"] = to_column(ragged)
+        columns |= to_columns(name, ragged)
     for index, name in enumerate(part.dense_names):
         columns[f"dense.{name}"] = pa.array(np.ascontiguousarray(encoded.dense[:, index]))
     write_arrow(pa.table(columns), path)
@@ -70,7 +70,7 @@ def read_catalogue(path: Path, transform: Transform) -> Catalogue:
     """Open what `write_catalogue` wrote."""
     stored = read_arrow(path)
     part = item_transform(transform)
-    sparse = {name: from_column(flat(stored[f"sparse.{name}"])) for name in part.sparse}
+    sparse = {name: from_columns(stored, name, part.positions(name)) for name in part.sparse}
     dense = [stored[f"dense.{name}"].to_numpy() for name in part.dense_names]
     rows = len(stored)
     matrix = np.stack(dense, axis=1) if dense else np.zeros((rows, 0), dtype=np.float32)

@@ -100,12 +100,16 @@ def pack_tables(
         progress("pack", index + 1, len(tables))
 
 
-def check_belongs(checkpoint: Checkpoint, dataset: Dataset) -> None:
-    """Raises: DataError unless the checkpoint was trained on this prepared data."""
+def data_of(checkpoint: Checkpoint, dataset: Dataset) -> Dataset:
+    """The prepared data a checkpoint was trained on, its tables as wide as the checkpoint's.
+
+    Raises: DataError unless the checkpoint was trained on this prepared data.
+    """
     if checkpoint.fingerprint != dataset.transform.fingerprint():
         raise DataError(
             f"{dataset.folder}: not the prepared data that {checkpoint.folder} was trained on: give that one to --data"
         )
+    return dataset.sized(checkpoint.run.data, checkpoint.run.model.embedding_dim)
 
 
 def compress(
@@ -122,7 +126,7 @@ def compress(
     Raises: PlanError when a table cannot do what the plan asks; DataError when data and checkpoint do not belong
     together; SlimrankError when `out` holds something already.
     """
-    check_belongs(checkpoint, dataset)
+    dataset = data_of(checkpoint, dataset)
     transform = dataset.transform
     resolved = resolve(plan, profiles)
     orders = {name: p.order for name, p in profiles.items()}

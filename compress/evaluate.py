@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from compress.artifact import is_artifact, load_artifact
-from compress.compressor import check_belongs
+from compress.compressor import data_of
 from compress.model import CompressedModel, model_of_checkpoint, score_split
 from trainer.checkpoint import MANIFEST, open_checkpoint
 from trainer.data.dataset import Dataset, SplitName
 from trainer.errors import SlimrankError
-from trainer.metrics import grouped_auc, task_metrics
+from trainer.metrics import task_metrics
 
 
 def open_model(path: Path, dataset: Dataset) -> CompressedModel:
@@ -29,16 +27,10 @@ def open_model(path: Path, dataset: Dataset) -> CompressedModel:
             f"{path}: neither a checkpoint nor an artifact: give the folder that 'train' or 'tune' wrote"
         )
     checkpoint = open_checkpoint(path)
-    check_belongs(checkpoint, dataset)
-    return model_of_checkpoint(checkpoint, dataset.transform)
+    return model_of_checkpoint(checkpoint, data_of(checkpoint, dataset).transform)
 
 
 def evaluate(model: CompressedModel, dataset: Dataset, split: SplitName) -> dict[str, Any]:
-    """Rows and metrics of a split, as `slimrank evaluate --json` prints them."""
+    """Rows and metrics of a split, as `slimrank evaluate --json` prints them; k and threshold are those of its run."""
     labels, logits = score_split(model, dataset, split)
-    metrics = {"rows": len(labels), **task_metrics(labels.astype(np.float64), logits, model.tasks)}
-    groups = dataset.groups(split)
-    if groups is not None and "auc" in metrics:
-        gauc = grouped_auc(labels[:, 0], logits[:, 0], groups)
-        metrics["gauc"] = None if np.isnan(gauc) else gauc  # no group of a split need hold both classes
-    return metrics
+    return {"rows": len(labels), **task_metrics(labels, logits, model.tasks, dataset.groups(split), model.metrics)}

@@ -3,7 +3,7 @@
 In: ids that are rows of these tables, already translated (index remapping inside the TBE is wrong for shared tables).
 Out: pooled embeddings. One TBE has one pooling mode, so means are sums with weights of 1 / length.
 
-Legend: B batch, F features, D sum of the features' embedding dims.
+Legend: B batch, F lookups (one a feature, or one a position of a sequence), D sum of their embedding dims.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from compress.methods.codec import dequantize_rows, row_bytes
+from trainer.data.batch import feature_of
 
 INT32_MAX = 2**31 - 1
 TABLE_ALIGNMENT = 128  # FBGEMM aligns each table to a cache line pair
@@ -75,15 +76,18 @@ def map_block(path: Path, size: int) -> Tensor:
 
 
 class Lookup:
-    """Pooled embeddings of `features`, in that order, from one block of bytes."""
+    """Pooled embeddings of `lookups`, in that order, from one block of bytes.
 
-    def __init__(self, tables: Sequence[PackedTable], features: Sequence[str], mean: set[str], block: Tensor) -> None:
+    A lookup is a feature, or a position of a sequence feature. `mean` names the features whose bags are pooled by mean where ids bring no weights of their own.
+    """
+
+    def __init__(self, tables: Sequence[PackedTable], lookups: Sequence[str], mean: set[str], block: Tensor) -> None:
         self.tables = list(tables)
-        self.features = list(features)
-        self.mean = [f in mean for f in features]
+        self.names = list(lookups)
+        self.mean = [feature_of(name) in mean for name in lookups]
         self.block = block
         owner = {f: i for i, t in enumerate(tables) for f in t.features}
-        self.table_of = [owner[f] for f in features]
+        self.table_of = [owner[feature_of(name)] for name in lookups]
         level = logging.getLogger().level
         logging.getLogger().setLevel(logging.WARNING)  # the TBE logs its whole make-up on the root logger
         self.tbe = IntNBitTableBatchedEmbeddingBagsCodegen(
@@ -112,9 +116,11 @@ class Lookup:
         return self.tbe(values.int(), sparse.offsets().int(), self._weights(sparse))
 
     def _weights(self, sparse: KeyedJaggedTensor) -> Tensor | None:
+        if sparse.weights_or_none() is not None:
+            return sparse.weights()
         if not any(self.mean):
             return None
-        lengths_FB = sparse.lengths().view(len(self.features), -1)
+        lengths_FB = sparse.lengths().view(len(self.names), -1)
         mean_F1 = torch.tensor(self.mean).unsqueeze(1)
         share = torch.where(mean_F1, 1.0 / lengths_FB.clamp(min=1).float(), 1.0)
         return torch.repeat_interleave(share.flatten(), lengths_FB.flatten())
@@ -122,13 +128,16 @@ class Lookup:
     def oracle(self, sparse: KeyedJaggedTensor) -> Tensor:
         """The plain-torch twin: decode the wanted rows, pool with embedding_bag."""
         parts = []
-        for index, name in enumerate(self.features):
+        for index, name in enumerate(self.names):
             table = self.tables[self.table_of[index]]
             rows = table_view(self.block, self.tables, self.table_of[index])
             jagged = sparse[name]
             wanted, local = torch.unique(jagged.values(), return_inverse=True)
             values = dequantize_rows(rows[wanted.long()], table.dim, table.bits)
-            mode = "mean" if self.mean[index] else "sum"
+            weights = jagged.weights_or_none()
+            mode = "mean" if self.mean[index] and weights is None else "sum"
             offsets = jagged.offsets()[:-1].long()
-            parts.append(torch.nn.functional.embedding_bag(local.long(), values, offsets, mode=mode))
+            parts.append(
+                torch.nn.functional.embedding_bag(local.long(), values, offsets, mode=mode, per_sample_weights=weights)
+            )
         return torch.cat(parts, dim=1)

@@ -5,7 +5,7 @@ Legend: B batch, T tasks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,14 +14,15 @@ from torch import nn
 from compress.lookup import Lookup, PackedTable, table_offsets, table_view
 from compress.methods.codec import quantize_rows
 from trainer.checkpoint import Checkpoint
-from trainer.config import RunConfig
+from trainer.config import MetricsConfig, RunConfig
 from trainer.data.batch import Batch, to_batch
 from trainer.data.dataset import Dataset, SplitName
-from trainer.data.encoded import Encoded, Ragged
+from trainer.data.encoded import Encoded
 from trainer.data.reader import Reader
+from trainer.data.schema import encodings
 from trainer.data.transform import RESERVED_ROWS, IdMap, Transform
 from trainer.errors import DataError
-from trainer.models import build_head, pooling_of
+from trainer.models import build_head, lookups_of, pooling_of
 
 SCORE_ROWS = 4096  # rows scored at a time
 
@@ -34,6 +35,7 @@ class CompressedModel:
     lookup: Lookup
     head: nn.Module
     version: str
+    metrics: MetricsConfig = MetricsConfig()  # what its run counts in evaluations
 
     @property
     def tasks(self) -> list[str]:
@@ -72,7 +74,8 @@ def build_model(
     head = build_head(run.model, transform)
     head.load_state_dict(dense)
     head.eval()
-    return CompressedModel(transform, Lookup(tables, list(transform.sparse), mean, block), head, version)
+    lookup = Lookup(tables, lookups_of(transform, list(transform.sparse)), mean, block)
+    return CompressedModel(transform, lookup, head, version, run.train.metrics)
 
 
 def model_of_checkpoint(checkpoint: Checkpoint, transform: Transform) -> CompressedModel:
@@ -122,7 +125,7 @@ def _row_maps(model: CompressedModel, dataset: Dataset) -> dict[str, np.ndarray]
 
 def _translate(row_maps: dict[str, np.ndarray], dataset: Dataset, encoded: Encoded) -> Encoded:
     sparse = {
-        name: Ragged(row_maps[dataset.transform.table_of(name).name][r.values], r.lengths)
+        name: replace(r, values=row_maps[dataset.transform.table_of(name).name][r.values])
         for name, r in encoded.sparse.items()
     }
     return Encoded(sparse, encoded.dense)
@@ -132,7 +135,7 @@ def check_same_transform(transform: Transform, dataset: Dataset) -> None:
     """Raises: DataError unless numbers and features are encoded alike."""
     other = dataset.transform
     same = (
-        [f.model_dump() for f in transform.schema.features] == [f.model_dump() for f in other.schema.features]
+        encodings(transform.schema.features) == encodings(other.schema.features)
         and [t.model_dump() for t in transform.schema.tasks] == [t.model_dump() for t in other.schema.tasks]
         and transform.numerics == other.numerics
     )

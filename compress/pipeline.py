@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.artifact import load_artifact
-from compress.compressor import check_belongs, resolve
+from compress.compressor import data_of, resolve
 from compress.compressor import compress as write_artifact
 from compress.config import CompressionPlan, load_plan
 from compress.model import model_of_checkpoint, score_split
@@ -35,9 +35,9 @@ def compress_checkpoint(
     """
     check_new(out)
     asked = None if plan_file is None else load_plan(plan_file)
-    checkpoint, dataset = open_checkpoint(checkpoint_path), open_dataset(data)
+    checkpoint = open_checkpoint(checkpoint_path)
+    dataset = data_of(checkpoint, open_dataset(data))
     plan = asked or CompressionPlan.model_validate(checkpoint.run.compress)
-    check_belongs(checkpoint, dataset)
     profiles = profile_tables(checkpoint, dataset, progress)
     resolve(plan, profiles)
     manifest = write_artifact(checkpoint, dataset, plan, out, profiles, progress)

@@ -16,9 +16,16 @@ from compress.catalogue import item_transform, join_sides, request_transform
 from serve.errors import RequestError
 from serve.request import utf8
 from trainer.data.encoded import Encoded, concatenate
-from trainer.data.schema import MultiFeature, NumericFeature
+from trainer.data.schema import BagFeature, NumericFeature, columns_of
 from trainer.data.transform import Transform, as_text, hash_ids
 from trainer.errors import DataError
+
+
+class Weights:
+    """Marks a column that holds the weights of a feature's ids."""
+
+    def __init__(self, feature: Any) -> None:
+        self.separator: str | None = getattr(feature, "separator", None)
 
 
 class FeatureReader:
@@ -31,7 +38,8 @@ class FeatureReader:
         self.catalogue = artifact.catalogue
         schema = self.whole.schema
         self.item_column = schema.ids.item
-        self.specs = {f.source: f for f in schema.features}
+        self.specs: dict[str, Any] = {c: Weights(f) for f in schema.features for c in columns_of(f)}
+        self.specs |= {f.source: f for f in schema.features}
         # a feature may be asked for by its own name where that is no column of the log
         self.columns = {**{f.name: f.source for f in schema.features}, **{c: c for c in self.specs}}
 
@@ -41,7 +49,8 @@ class FeatureReader:
         Raises: RequestError naming the field whose value cannot be read.
         """
         ids_only = not isinstance(candidates[0], dict)
-        read_here = {f.source for f in (self.of_request if ids_only else self.whole).schema.features}
+        features = (self.of_request if ids_only else self.whole).schema.features
+        read_here = {c for f in features for c in columns_of(f)}
         ignored = sorted(key for key in user if self.columns.get(key) not in read_here)
         values = {self.columns[key]: value for key, value in user.items() if key not in ignored}
         own = {c: to_array([v], self.specs[c], f"user.{c}") for c, v in values.items()}
@@ -111,7 +120,9 @@ def to_array(values: list[Any], feature: Any, field: str) -> pa.Array:
     """
     if isinstance(feature, NumericFeature):
         return pa.array([_number(v, field) for v in values], pa.float64())
-    if isinstance(feature, MultiFeature):
+    if isinstance(feature, Weights):
+        return pa.array([_numbers(v, feature.separator, field) for v in values], pa.list_(pa.float64()))
+    if isinstance(feature, BagFeature):
         return pa.array([_bag(v, feature, field) for v in values], pa.list_(pa.string()))
     return pa.array([_id(v, field, "one id (text or a number)") for v in values], pa.string())
 
@@ -127,7 +138,15 @@ def _number(value: Any, field: str) -> float | None:
     raise RequestError(field, f"must be a number, not {type(value).__name__}")
 
 
-def _bag(value: Any, feature: MultiFeature, field: str) -> list[str | None] | None:
+def _numbers(value: Any, separator: str | None, field: str) -> list[float | None] | None:
+    if value is None:
+        return None
+    if isinstance(value, str) and separator:
+        value = utf8(value, field).split(separator)
+    return [_number(member, field) for member in (value if isinstance(value, list) else [value])]
+
+
+def _bag(value: Any, feature: BagFeature, field: str) -> list[str | None] | None:
     if value is None:
         return None
     if isinstance(value, str):

@@ -2,7 +2,10 @@
 
     DIR/checkpoint.json          run, fingerprint of the data, position, metrics, plan; where each part lies; sha256s
     DIR/rank-00000.safetensors   the table rows and optimizer state that rank 0 owned, ...
-    DIR/dense.safetensors        the dense part and its optimizer state
+    DIR/dense.safetensors        the dense part and its optimizer state; data-parallel tables
+
+All ranks write into one hidden folder beside DIR, which becomes DIR by one rename once every file is on disk: a
+checkpoint is whole or absent, and a full disk or a kill leaves the ones before it as they were.
 
 Tensors have names of their own (tables/T/weight, tables/T/momentum1, dense/P, dense_optimizer/P/S), so nothing of the
 plan is in them but the rectangles they were cut into; a reader takes any rows of any table without reading the rest.
@@ -12,6 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,30 +26,42 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
 from trainer.config import RunConfig, parse_run
+from trainer.data.transform import OOV_ROW
 from trainer.errors import CheckpointError
 from trainer.files import sha256, write_json
+from trainer.optimizer import TableOptimizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "checkpoint.json"
 READ_ROWS = 1 << 20
+WRITE_BYTES = 16 << 20
+DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where training stands: the next global batch to take, and what early stopping remembers."""
+    """Where training stands: the next global batch to take, what its schedule and early stopping remember.
 
+    `seen` is the digest of the rows of this epoch that have reached the weights (trainer/data/reader.py, row_digest):
+    at the epoch's end it tells whether each was seen exactly once, kills and resumes included.
+    """
+
+    stage: int = 0
     epoch: int = 0
     batch: int = 0
+    step: int = 0
     samples: int = 0
     best_ne: float = float("inf")
     stale_evals: int = 0
+    lr_scale: float = 1.0
+    stale_lr: int = 0
+    seen: int = 0
 
 
 # -- the state of a training run, under canonical names --------------------------------------------------------------
@@ -52,19 +69,25 @@ class Position:
 
 def training_state(model: DistributedModelParallel, optimizer: CombinedOptimizer) -> dict[str, Tensor | ShardedTensor]:
     """Every tensor of a run; parts are views of live storage, so writing into them loads it."""
-    state: dict[str, Tensor | ShardedTensor] = {}
-    for key, value in model.state_dict().items():
-        table = _table_of(key)
-        state[f"tables/{table}/weight" if table else f"dense/{key}"] = value
+    state = training_state_of(model)
     for key, slots in optimizer.state_dict()["state"].items():
-        kind, _, parameter = key.partition(".")
+        _, _, parameter = key.partition(".")
         for slot, value in slots.items():
             name = slot.rpartition(".")[2]
             table = _table_of(parameter)
-            if kind == "tables" and table:
+            if table:
                 state[f"tables/{table}/{name}"] = value
             else:
                 state[f"dense_optimizer/{parameter}/{name}"] = value
+    return state
+
+
+def training_state_of(model: torch.nn.Module) -> dict[str, Any]:
+    """A model's own tensors, sharded or whole, under canonical names; views of live storage."""
+    state = {}
+    for key, value in model.state_dict().items():
+        table = _table_of(key)
+        state[f"tables/{table}/weight" if table else f"dense/{key}"] = value
     return state
 
 
@@ -75,8 +98,14 @@ def _table_of(key: str) -> str | None:
 
 
 def init_optimizer_state(optimizer: CombinedOptimizer) -> None:
-    """Make the dense optimizer's lazy state exist, so that it can be saved and loaded before the first step."""
+    """Make lazy optimizer state exist, so that it can be saved and loaded before the first step."""
     for _, part in optimizer.optimizers:
+        plain = getattr(part, "_optimizer", part)
+        plain = getattr(plain, "_optimizer", plain)  # behind gradient clipping
+        if isinstance(plain, TableOptimizer):
+            for group in plain.param_groups:
+                for table in group["params"]:
+                    plain.slot(table)
         for group in part.param_groups:
             for parameter in group["params"]:
                 if isinstance(parameter, torch.nn.Parameter) and parameter not in part.state and "betas" in group:
@@ -93,11 +122,104 @@ def init_optimizer_state(optimizer: CombinedOptimizer) -> None:
 def save_checkpoint(
     folder: Path, state: Mapping[str, Tensor | ShardedTensor], header: Mapping[str, Any], rank: int, world_size: int
 ) -> None:
-    """Write this rank's part of a checkpoint; all ranks call it together, each with its own or a common folder.
+    """Write a checkpoint; all ranks call it together with one folder that they share.
 
-    Rank 0 writes the manifest, with the parts and checksums that the others told it.
+    Each rank writes its own part, rank 0 the manifest with what the others told it, and renames it into place.
+    Raises: CheckpointError on every rank when one could not write; nothing is left behind then.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    told: tuple[dict, dict, str | None]
+    try:
+        if rank == 0 and partial.exists():
+            shutil.rmtree(partial)  # of a run that was killed while it wrote
+        _barrier(world_size)
+        partial.mkdir(parents=True, exist_ok=True)
+        told = (*_write_parts(partial, state, rank), None)
+    except OSError as error:
+        told = ({}, {}, f"{folder}: rank {rank} cannot write the checkpoint: {error}")
+    gathered: list[Any] = [told]
+    if world_size > 1:
+        gathered = [None] * world_size
+        dist.all_gather_object(gathered, told)
+    problem = next((p[2] for p in gathered if p[2] is not None), None)
+    if rank == 0 and problem is None:
+        try:
+            _commit(partial, folder, header, gathered)
+        except OSError as error:
+            problem = f"{folder}: cannot write the checkpoint: {error}"
+    if rank == 0 and problem is not None:
+        shutil.rmtree(partial, ignore_errors=True)
+    if world_size > 1:
+        outcome = [problem]
+        dist.broadcast_object_list(outcome, src=0)
+        problem = outcome[0]
+    if problem is not None:
+        raise CheckpointError(f"{problem}: free space or choose another --out, then go on with --resume")
+
+
+def _barrier(world_size: int) -> None:
+    if world_size > 1:
+        dist.barrier()
+
+
+def _commit(partial: Path, folder: Path, header: Mapping[str, Any], gathered: list[Any]) -> None:
+    """Write the manifest of what all ranks wrote, and give the folder its name."""
+    tensors: dict[str, dict[str, Any]] = {}
+    files: dict[str, str] = {}
+    for entries, sums, _ in gathered:
+        files.update(sums)
+        for key, entry in entries.items():
+            tensors.setdefault(key, {"shape": entry["shape"], "parts": []})["parts"] += entry["parts"]
+    manifest = {"format_version": FORMAT_VERSION, **header, "tensors": tensors, "files": files}
+    write_json(partial / MANIFEST, {**manifest, "digest": _digest(manifest)})
+    if folder.exists():  # written before, by a run that was killed before it could say so
+        shutil.rmtree(folder)
+    os.replace(partial, folder)
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    content = {k: v for k, v in manifest.items() if k != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a safetensors file straight from the tensors' memory, and return its sha256; it is on disk on return.
+
+    The library's writer first copies every tensor, which doubles a worker's memory, and leaves hashing to a second read.
+    """
+    layout: dict[str, Any] = {}
+    at = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        layout[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + size],
+        }
+        at += size
+    header = json.dumps(layout).encode()
+    header += b" " * (-len(header) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb", buffering=0) as file:
+
+        def put(data: Any) -> None:
+            view = memoryview(data)
+            for first in range(0, len(view), WRITE_BYTES):
+                chunk = view[first : first + WRITE_BYTES]
+                digest.update(chunk)
+                while len(chunk):
+                    chunk = chunk[file.write(chunk) :]
+
+        put(len(header).to_bytes(8, "little") + header)
+        for tensor in tensors.values():
+            if tensor.numel():
+                put(tensor.reshape(-1).view(torch.uint8).numpy())
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _write_parts(folder: Path, state: Mapping[str, Tensor | ShardedTensor], rank: int) -> tuple[dict, dict]:
+    """Write what this rank owns; where each part lies, and the checksum of each file."""
     own: dict[str, Tensor] = {}
     dense: dict[str, Tensor] = {}
     entries: dict[str, dict[str, Any]] = {}
@@ -123,25 +245,10 @@ def save_checkpoint(
         entries[key] = entry
     sums = {}
     if own:
-        save_file(own, folder / file_name)
-        sums[file_name] = sha256(folder / file_name)
+        sums[file_name] = write_tensors(folder / file_name, own)
     if rank == 0:
-        save_file(dense, folder / "dense.safetensors")
-        sums["dense.safetensors"] = sha256(folder / "dense.safetensors")
-    told: list[tuple[dict, dict] | None] = [(entries, sums)]
-    if world_size > 1:
-        told = [None] * world_size
-        dist.all_gather_object(told, (entries, sums))
-    if rank == 0:
-        tensors: dict[str, dict[str, Any]] = {}
-        files: dict[str, str] = {}
-        for part in told:
-            assert part is not None
-            files.update(part[1])
-            for key, entry in part[0].items():
-                tensors.setdefault(key, {"shape": entry["shape"], "parts": []})["parts"] += entry["parts"]
-        manifest = {"format_version": FORMAT_VERSION, **header, "tensors": tensors, "files": files}
-        write_json(folder / MANIFEST, manifest)
+        sums["dense.safetensors"] = write_tensors(folder / "dense.safetensors", dense)
+    return entries, sums
 
 
 # -- read ------------------------------------------------------------------------------------------------------------
@@ -217,9 +324,12 @@ class Checkpoint:
         prefix = "dense/head."
         return {key.removeprefix(prefix): self.read(key) for key in self.keys(prefix)}
 
-    def verify(self) -> None:
-        """Raises: CheckpointError naming the first file that is absent or differs from what was written."""
-        for name, expected in self.manifest["files"].items():
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Raises: CheckpointError naming the first file that is absent or differs from what was written.
+
+        Looks at every `parts`-th file from `part` on, so that ranks can share the work.
+        """
+        for name, expected in list(self.manifest["files"].items())[part::parts]:
             path = self.folder / name
             if not path.exists():
                 raise CheckpointError(f"{path}: missing from the checkpoint: restore it, or use another checkpoint")
@@ -267,6 +377,8 @@ def open_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
         checkpoint = Checkpoint(folder, manifest)
         if not (isinstance(manifest["files"], dict) and isinstance(manifest["tensors"], dict)):
             raise TypeError("files and tensors are mappings")
+        if manifest.get("digest") != _digest(manifest):
+            raise CheckpointError(f"{folder / MANIFEST}: altered since it was written: use another checkpoint")
     except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: not a checkpoint manifest ({type(error).__name__})") from None
     if verify:
@@ -274,9 +386,31 @@ def open_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
     return checkpoint
 
 
-def load_into(state: Mapping[str, Tensor | ShardedTensor], checkpoint: Checkpoint) -> None:
+def verify_together(checkpoint: Checkpoint, rank: int, world_size: int) -> None:
+    """Verify a checkpoint's files, shared out over the ranks.
+
+    Raises: CheckpointError on every rank when one finds a file absent or altered.
+    """
+    problem = None
+    try:
+        checkpoint.verify(rank, world_size)
+    except CheckpointError as error:
+        problem = str(error)
+    problems = [problem]
+    if world_size > 1:
+        problems = [None] * world_size
+        dist.all_gather_object(problems, problem)
+    found = next((p for p in problems if p is not None), None)
+    if found is not None:
+        raise CheckpointError(found)
+
+
+def load_into(state: Mapping[str, Tensor | ShardedTensor], checkpoint: Checkpoint, *, grow: bool = False) -> None:
     """Copy a checkpoint into live state; each rank reads only the rows it owns.
 
+    With `grow`, tables may have more rows or columns than the checkpoint's: a row that the checkpoint lacks starts as
+    its out-of-vocabulary row (so that a new id scores as it did when it was unknown), a column keeps the value it has,
+    and their optimizer state starts at zero.
     Raises: CheckpointError when tensors are missing or of another shape.
     """
     missing = sorted(set(state) - set(checkpoint.keys()))
@@ -284,14 +418,33 @@ def load_into(state: Mapping[str, Tensor | ShardedTensor], checkpoint: Checkpoin
         raise CheckpointError(f"{checkpoint.folder}: lacks {missing[0]} and {len(missing) - 1} more of this model")
     with torch.no_grad():
         for key, value in state.items():
-            shape = tuple(value.size())
-            if shape != checkpoint.shape(key):
-                raise CheckpointError(f"{checkpoint.folder}: {key} is {checkpoint.shape(key)}, this model has {shape}")
+            shape, stored = tuple(value.size()), checkpoint.shape(key)
+            larger = len(shape) == len(stored) and all(a >= b for a, b in zip(shape, stored, strict=True))
+            if shape != stored and not (grow and larger and key.startswith("tables/")):
+                raise CheckpointError(f"{checkpoint.folder}: {key} is {stored}, this model has {shape}")
             if isinstance(value, ShardedTensor):
                 for shard in value.local_shards():
-                    begin, size = shard.metadata.shard_offsets, shard.metadata.shard_sizes
-                    rows = checkpoint.read(key, begin[0], begin[0] + size[0])
-                    columns = tuple(slice(o, o + s) for o, s in zip(begin[1:], size[1:], strict=True))
-                    shard.tensor.copy_(rows[(slice(None), *columns)])
+                    _load_block(shard.tensor, shard.metadata.shard_offsets, key, checkpoint)
             else:
-                value.copy_(checkpoint.read(key))
+                _load_block(value, [0] * len(shape), key, checkpoint)
+
+
+def _load_block(block: Tensor, offsets: list[int], key: str, checkpoint: Checkpoint) -> None:
+    """Fill a block of a tensor, whose first element lies at `offsets` in the whole, a chunk of rows at a time."""
+    if not block.dim():
+        block.copy_(checkpoint.read(key))
+        return
+    stored = checkpoint.shape(key)
+    columns = tuple(
+        slice(o, max(min(o + s, n), o)) for o, s, n in zip(offsets[1:], block.shape[1:], stored[1:], strict=True)
+    )
+    inside = tuple(slice(0, c.stop - c.start) for c in columns)
+    for first in range(0, block.shape[0], READ_ROWS):
+        begin, end = offsets[0] + first, offsets[0] + min(first + READ_ROWS, block.shape[0])
+        known = max(min(end, stored[0]) - begin, 0)
+        if known:
+            rows = checkpoint.read(key, begin, begin + known)
+            block[(slice(first, first + known), *inside)] = rows[(slice(None), *columns)].to(block.device)
+        if known < end - begin and key.endswith("/weight"):
+            unknown = checkpoint.read(key, OOV_ROW, OOV_ROW + 1)
+            block[(slice(first + known, end - offsets[0]), *inside)] = unknown[(slice(None), *columns)].to(block.device)

@@ -1,6 +1,6 @@
-"""Ray Train wiring: the training loop on each worker, and the driver that starts it.
+"""Ray Train wiring: what each worker runs, and the driver that starts and watches the workers.
 
-The loop is in `train_worker`; what a step, an evaluation or a checkpoint is lives in files without Ray.
+The loop itself is in trainer/loop.py, without Ray.
 """
 
 from __future__ import annotations
@@ -8,12 +8,10 @@ from __future__ import annotations
 import json
 import logging
 import signal
-import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,227 +19,165 @@ import ray
 import ray.train
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer
-from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.optim.keyed import CombinedOptimizer
 
-from trainer.checkpoint import (
-    MANIFEST,
-    Checkpoint,
-    Position,
-    init_optimizer_state,
-    load_into,
-    open_checkpoint,
-    save_checkpoint,
-    training_state,
-)
+from trainer.checkpoint import MANIFEST, Checkpoint, Position, open_checkpoint, resolve
 from trainer.config import RunConfig, parse_run
-from trainer.data.dataset import Dataset, SplitName, open_dataset
-from trainer.data.reader import Reader
+from trainer.data.dataset import Dataset, open_dataset
+from trainer.data.schema import encodings
+from trainer.distill import score_with_teacher
 from trainer.errors import ConfigError, DataError, SlimrankError
 from trainer.files import check_new, write_json
-from trainer.metrics import mean_ne, task_metrics
-from trainer.models import Ranker, build_ranker
-from trainer.optimizer import build_optimizer, fuse_table_optimizer
+from trainer.loop import Place, Worker, build_worker, keep_score, train_stages
+from trainer.metrics import mean_ne
 from trainer.ray_progress import Teller, watched
-from trainer.sharding import describe_plan, make_plan, sharders
-from trainer.step import gather_rows, predict, train_step
+from trainer.tracking import Tracker, check_tracking
 
-EVAL_ROWS = 8192  # global rows of an evaluation batch
-WARMUP_STEPS = 10  # left out of samples_per_s
-MAX_RESTARTS = 3  # of the worker group after a crash, each from the last checkpoint
+HEARTBEAT_S = 1.0
+RECOVERIES = "recoveries.jsonl"
+HEARTBEAT = ".heartbeat.json"
 
 
-@dataclass
-class Worker:
-    """One rank's share of a run."""
+class RayReporter:
+    """A run's Reporter on one worker: checkpoints go beside each other into the run's folder, which workers share."""
 
-    run: RunConfig
-    dataset: Dataset
-    model: DistributedModelParallel
-    optimizer: CombinedOptimizer
-    device: torch.device
-    rank: int
-    world_size: int
-    plan: dict[str, Any]
-    teller: Teller
+    def __init__(self, run: RunConfig, out: Path, teller: Teller, place: Place, position: Position) -> None:
+        self.run = run
+        self.out = out
+        self.teller = teller
+        self.rank = place.rank
+        self.beat = 0.0
+        self.tracker = Tracker(out, run, samples=position.samples, note=self.note) if place.rank == 0 else None
 
-    def evaluate(self, split: SplitName) -> dict[str, Any]:
-        """Metrics of a split over all ranks."""
-        reader = Reader(self.dataset, split, EVAL_ROWS, rank=self.rank, world_size=self.world_size)
-        labels, logits = predict(self.model, reader.batches(), self.device)
-        tasks = [t.name for t in self.run.data.tasks]
-        return task_metrics(gather_rows(labels), gather_rows(logits), tasks)
+    def path(self, position: Position) -> Path:
+        """Where a checkpoint is to be written."""
+        return self.out / f"step-{position.samples:012d}"
 
-    def report(self, position: Position, metrics: dict[str, Any]) -> None:
-        """Write a checkpoint with the other ranks and hand it to Ray Train."""
-        header = {
-            "run": self.run.model_dump(mode="json"),
-            "fingerprint": self.dataset.transform.fingerprint(),
-            "position": asdict(position),
-            "metrics": metrics,
-            "plan": self.plan,
-            "world_size": self.world_size,
+    def commit(self, path: Path, position: Position, metrics: dict[str, Any], stage: int) -> None:
+        """Tell Ray Train of a checkpoint that is whole on disk: it decides which to keep."""
+        ray.train.report(
+            {
+                "val_ne": mean_ne(metrics),
+                "keep": keep_score(metrics, stage, len(self.run.train.all_stages)),
+                "samples": position.samples,
+            },
+            checkpoint=ray.train.Checkpoint.from_directory(str(path)),
+            checkpoint_dir_name=path.name,
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
+        )
+        if self.rank == 0:
+            self.heartbeat(position, committed=True)
+
+    def progress(self, position: Position, latest: dict[str, Any]) -> None:
+        """A step is done."""
+        self.teller.tell(latest)
+        if time.monotonic() - self.beat >= HEARTBEAT_S:
+            self.heartbeat(position)
+
+    def evaluation(self, event: dict[str, Any]) -> None:
+        """The validation split was scored."""
+        assert self.tracker is not None
+        extra = {k: event[k] for k in ("stage", "samples_per_s", "lr", "best")}
+        self.tracker.evaluation(event["samples"], event["epoch"], event["metrics"], extra)
+        self.teller.tell({}, event)
+
+    def note(self, text: str) -> None:
+        """Something the user should read."""
+        self.teller.tell({}, {"kind": "note", "text": text})
+
+    def heartbeat(self, position: Position, committed: bool = False) -> None:
+        """Leave on disk how far training has come, so that a recovery can tell what it cost."""
+        self.beat = time.monotonic()
+        before = read_json(self.out / HEARTBEAT)
+        now = {"samples": position.samples, "time": time.time()}
+        last = now if committed else before.get("committed", {"samples": 0, "time": time.time()})
+        write_json(self.out / HEARTBEAT, {**now, "committed": last})
+
+    def recovered(self, position: Position, workers: int) -> None:
+        """Record what going on from `position` costs, if the run had come further before it was interrupted."""
+        last = read_json(self.out / HEARTBEAT)
+        if not last or last["samples"] <= position.samples:
+            return
+        lost = {
+            "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "workers": workers,
+            "from_samples": position.samples,
+            "samples_redone": last["samples"] - position.samples,
+            "seconds_redone": round(max(last["time"] - last["committed"]["time"], 0.0), 1),
+            "seconds_down": round(max(time.time() - last["time"], 0.0), 1),
         }
-        with tempfile.TemporaryDirectory(prefix="slimrank-checkpoint-") as folder:
-            save_checkpoint(
-                Path(folder), training_state(self.model, self.optimizer), header, self.rank, self.world_size
-            )
-            ray.train.report(
-                {"val_ne": mean_ne(metrics), "samples": position.samples},
-                checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=f"step-{position.samples:012d}",
-            )
-
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Put a checkpoint's weights and optimizer state into this rank's share."""
-        load_into(training_state(self.model, self.optimizer), checkpoint)
+        with (self.out / RECOVERIES).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(lost) + "\n")
+        self.heartbeat(position, committed=True)
+        self.note(
+            f"interrupted: going on from {position.samples:,} samples with {workers} worker(s); "
+            f"{lost['samples_redone']:,} samples are redone, {lost['seconds_down']:.0f} s passed"
+        )
 
 
-def build_worker(run: RunConfig, dataset: Dataset, teller: Teller) -> Worker:
-    """The sharded model and its optimizer on this rank."""
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
-    torch.manual_seed(run.train.seed)
-    model = build_ranker(run.model, dataset.transform)
-    start_at_base_rate(model, dataset)
-    model.head.to(device)
-    fuse_table_optimizer(model.embeddings, run.train)
-    plan = make_plan(
-        model,
-        dataset.transform,
-        device,
-        world_size=world_size,
-        local_world_size=context.get_local_world_size(),
-        batch_size=run.train.batch_rows(dataset.rows("train")),
-    )
-    sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders())
-    optimizer = build_optimizer(sharded, run.train)
-    init_optimizer_state(optimizer)
-    worker = Worker(run, dataset, sharded, optimizer, device, rank, world_size, describe_plan(plan), teller)
-    init_tables(worker)
-    return worker
-
-
-def start_at_base_rate(model: Ranker, dataset: Dataset) -> None:
-    """Set each task's output bias to the log-odds of its rate in the training split."""
-    rows = dataset.rows("train")
-    rates = torch.tensor([positives / rows for positives in dataset.positives["train"]])
-    with torch.no_grad():
-        model.head.out.bias.copy_(torch.logit(rates))
-
-
-def init_tables(worker: Worker) -> None:
-    """Fill each table from a generator of its own, so that the start does not depend on the plan."""
-    bound = worker.run.model.table_init
-    tables = list(worker.dataset.transform.tables)
-    for key, value in training_state(worker.model, worker.optimizer).items():
-        if key.startswith("tables/") and key.endswith("/weight"):
-            generator = torch.Generator().manual_seed(worker.run.train.seed * 1000 + tables.index(key.split("/")[1]))
-            for shard in value.local_shards():
-                rows = torch.empty(shard.tensor.shape).uniform_(-bound, bound, generator=generator)
-                shard.tensor.copy_(rows)
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON mapping on disk, or an empty one."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     """What each Ray Train worker runs. Returns (rank 0's counts) the summary that `train --json` prints."""
     quiet_libraries()
     torch.set_num_threads(1)
-    run = parse_run(config["run"], "run")
-    dataset = open_dataset(Path(config["data"]))
-    worker = build_worker(run, dataset, Teller(config["board"]))
-    position = Position()
-    found = ray.train.get_checkpoint()
-    if found is not None:
-        with found.as_directory() as folder:
-            checkpoint = open_checkpoint(Path(folder))
-            worker.load(checkpoint)
-            position = checkpoint.position
-    speed = run_epochs(worker, position)
-    best = min(ray.train.get_all_reported_checkpoints(), key=lambda c: c.metrics["val_ne"])
-    with best.checkpoint.as_directory() as folder:
-        worker.load(open_checkpoint(Path(folder)))
-    return {
+    run, out = parse_run(config["run"], "run"), Path(config["out"])
+    dataset = open_dataset(Path(config["data"])).sized(run.data, run.model.embedding_dim)
+    context = ray.train.get_context()
+    place = Place(
+        context.get_world_rank(),
+        context.get_world_size(),
+        context.get_local_world_size(),
+        ray.train.torch.get_device(),
+    )
+    found = last_checkpoint()
+    start = None if config["start"] is None else open_checkpoint(Path(config["start"]), verify=False)
+    teacher = None if config["teacher"] is None else Path(config["teacher"])
+    position = Position() if found is None else found.position
+    reporter = RayReporter(run, out, Teller(config["board"]), place, position)
+    if place.rank == 0:
+        reporter.recovered(position, place.world_size)
+
+    def build(stage: int, precision: Any) -> Worker:
+        header = {"continues": None if start is None else start.version}
+        return build_worker(run, dataset, place, stage, precision=precision, teacher=teacher, header=header)
+
+    worker, position, speed = train_stages(build, run, reporter, found, start)
+    best = min(ray.train.get_all_reported_checkpoints(), key=lambda c: c.metrics["keep"])
+    worker.load(open_checkpoint(Path(best.checkpoint.path), verify=False))
+    summary = {
         "best": Path(best.checkpoint.path).name,
         "val": worker.evaluate("val"),
         "test": worker.evaluate("test"),
         "plan": worker.plan,
-        **speed,
+        "memory": over_ranks(worker.memory(), place),
+        "precision": worker.precision,
+        "samples": position.samples,
+        "samples_per_s": speed.per_s,
     }
+    if reporter.tracker is not None:
+        reporter.tracker.close()
+    return summary
 
 
-def run_epochs(worker: Worker, position: Position) -> dict[str, Any]:
-    """Train from a position until the epochs are done or the validation NE stops improving."""
-    train = worker.run.train
-    reader = Reader(
-        worker.dataset,
-        "train",
-        train.batch_rows(worker.dataset.rows("train")),
-        rank=worker.rank,
-        world_size=worker.world_size,
-        seed=train.seed,
-        shuffle=train.shuffle,
-        oov_rate=train.oov_rate,
-    )
-    batches = reader.num_batches()
-    eval_every = -(-batches // train.evals_per_epoch)
-    timed_s, timed_samples, steps = 0.0, 0, 0
-    started = time.monotonic()
-    first_samples = position.samples
-    while position.epoch < train.epochs and position.stale_evals < train.patience:
-        mark = time.perf_counter()
-        for batch, size in reader.batches(position.epoch, position.batch):
-            seed_step(train.seed, position, worker.rank)
-            train_step(worker.model, worker.optimizer, batch.to(worker.device), size, worker.world_size, train.table_l2)
-            steps += 1
-            now = time.perf_counter()
-            if steps > WARMUP_STEPS:
-                timed_s, timed_samples = timed_s + now - mark, timed_samples + size
-            mark = now
-            position = replace(position, batch=position.batch + 1, samples=position.samples + size)
-            if steps == WARMUP_STEPS:
-                started, first_samples = time.monotonic(), position.samples
-            if worker.rank == 0 and steps > WARMUP_STEPS:
-                _tell(worker, position, reader, started, first_samples)
-            if position.batch % eval_every == 0 or position.batch == batches:
-                position = evaluate_and_save(worker, position, batches)
-                mark = time.perf_counter()
-                if position.stale_evals >= train.patience:
-                    break
-        if position.batch >= batches:
-            position = replace(position, epoch=position.epoch + 1, batch=0)
-    return {"samples": position.samples, "samples_per_s": round(timed_samples / timed_s, 1) if timed_s else None}
+def last_checkpoint() -> Checkpoint | None:
+    """The committed checkpoint that this run goes on from."""
+    found = ray.train.get_checkpoint()
+    return None if found is None else open_checkpoint(Path(found.path), verify=False)
 
 
-def seed_step(seed: int, position: Position, rank: int) -> None:
-    """Dropout depends on the step and the rank alone, so a resumed run drops what the whole run would have."""
-    torch.manual_seed(hash((seed, position.epoch, position.batch, rank)) & 0x7FFF_FFFF_FFFF_FFFF)
-
-
-def evaluate_and_save(worker: Worker, position: Position, batches: int) -> Position:
-    """Validate, remember whether that was the best so far, and write a checkpoint."""
-    metrics = worker.evaluate("val")
-    ne = mean_ne(metrics)
-    better = ne < position.best_ne
-    position = replace(
-        position, best_ne=min(ne, position.best_ne), stale_evals=0 if better else position.stale_evals + 1
-    )
-    stored = position if position.batch < batches else replace(position, epoch=position.epoch + 1, batch=0)
-    worker.report(stored, metrics)
-    if worker.rank == 0:
-        by_task = {"": metrics} if "auc" in metrics else {f"{task} ": m for task, m in metrics.items()}
-        shown = "  ".join(f"{task}NE {m['ne']:.5f}  AUC {m['auc']:.5f}" for task, m in by_task.items())
-        line = f"epoch {position.epoch + position.batch / batches:.2f}  {position.samples:,} samples  val {shown}"
-        worker.teller.tell({}, line + ("  best" if better else ""))
-    return position
-
-
-def _tell(worker: Worker, position: Position, reader: Reader, started: float, first_samples: int) -> None:
-    total = worker.run.train.epochs * reader.rows
-    done = position.samples - first_samples
-    elapsed = time.monotonic() - started
-    left = elapsed / done * (total - position.samples) if done else 0.0
-    worker.teller.tell({"samples": position.samples, "total": total, "left_s": left, "samples_per_s": done / elapsed})
+def over_ranks(value: Any, place: Place) -> list[Any]:
+    """Every rank's value, in rank order."""
+    values: list[Any] = [value]
+    if place.world_size > 1:
+        values = [None] * place.world_size
+        torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def quiet_libraries() -> None:
@@ -261,41 +197,60 @@ def train(
     out: Path,
     *,
     resume: bool,
-    show: Callable[[dict[str, Any], list[str]], None],
+    show: Callable[[dict[str, Any], list[Any]], None],
+    continue_from: Path | None = None,
 ) -> dict[str, Any]:
     """Train a run on prepared data with Ray Train; Ray must be connected.
 
+    `continue_from`: a checkpoint whose weights and optimizer state are the start, to train on new data alone.
     Returns the summary that `slimrank train --json` prints; `out` holds the kept checkpoints and train.json.
     Raises: SlimrankError when data and run do not fit, the cluster is too small, or `out` holds another run.
     """
     dataset = open_dataset(data)
     check_fits(run, dataset)
+    check_tracking(run)
     out = Path(out).absolute()
+    start = None if continue_from is None else resolve(continue_from)
+    if start is not None:
+        check_continues(run, dataset, open_checkpoint(start))
     if not resume:
         check_new(out)
-    elif not out.exists():
-        raise ConfigError(f"{out}: nothing to resume there: leave out --resume to start a run")
     else:
-        check_resumes(run, dataset, out)
-    before = speed_before(out)
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= run.train.workers
-    check_room(run.train.workers)
+        check_resumes(
+            run, dataset, out
+        )  # nothing there yet: a supervisor starts a run with the command that resumes it
+    before = read_json(out / "train.json").get("samples_per_s")
+    use_gpu = ray.cluster_resources().get("GPU", 0) >= run.train.min_workers
+    check_room(run.train.min_workers)
     started = time.monotonic()
+    teacher = None if run.train.distill is None else score_with_teacher(run.train.distill, run, dataset, show)
     with watched(show) as board:
         trainer = TorchTrainer(
             train_worker,
-            train_loop_config={"run": run.model_dump(mode="json"), "data": str(dataset.folder), "board": board},
+            train_loop_config={
+                "run": run.model_dump(mode="json"),
+                "data": str(dataset.folder),
+                "out": str(out),
+                "board": board,
+                "start": None if start is None else str(start),
+                "teacher": None if teacher is None else str(teacher),
+            },
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-            scaling_config=ray.train.ScalingConfig(num_workers=run.train.workers, use_gpu=use_gpu),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=run.train.workers
+                if isinstance(run.train.workers, int)
+                else (run.train.workers.min, run.train.workers.max),
+                use_gpu=use_gpu,
+            ),
             run_config=ray.train.RunConfig(
                 name=out.name,
                 storage_path=str(out.parent),
                 checkpoint_config=ray.train.CheckpointConfig(
                     num_to_keep=run.train.keep_checkpoints,
-                    checkpoint_score_attribute="val_ne",
+                    checkpoint_score_attribute="keep",
                     checkpoint_score_order="min",
                 ),
-                failure_config=ray.train.FailureConfig(max_failures=MAX_RESTARTS),
+                failure_config=ray.train.FailureConfig(max_failures=run.train.max_failures),
                 worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
             ),
         )
@@ -307,12 +262,20 @@ def train(
     summary = dict(result.return_value)
     if summary["samples_per_s"] is None and before is not None:  # nothing was left to train
         summary["samples_per_s"] = before
-    write_json(out / "train.json", {**summary, "workers": run.train.workers, "seconds": time.monotonic() - started})
+    summary["recoveries"] = read_recoveries(out)
+    write_json(out / "train.json", {**summary, "seconds": time.monotonic() - started})
     return {
         "checkpoint": str(out / summary["best"]),
-        **{k: summary[k] for k in ("samples", "samples_per_s", "val", "test")},
+        **{k: summary[k] for k in ("samples", "samples_per_s", "val", "test", "recoveries", "memory", "precision")},
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def read_recoveries(out: Path) -> list[dict[str, Any]]:
+    """What each interruption of a run cost; a line cut short is left out."""
+    path = out / RECOVERIES
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def fit_or_interrupt(trainer: TorchTrainer) -> Any:
@@ -338,16 +301,30 @@ def check_resumes(run: RunConfig, dataset: Dataset, out: Path) -> None:
         was, now = checkpoint.run.model.model_dump(), run.model.model_dump()
         key = next(k for k in was if was[k] != now[k])
         raise ConfigError(f"{out}: trained with model.{key} {was[key]}, the config says {now[key]}: start a new --out")
+    for key in ("table_optimizer", "dense_optimizer", "stages"):
+        was, now = getattr(checkpoint.run.train, key), getattr(run.train, key)
+        if was != now:
+            raise ConfigError(f"{out}: trained with train.{key} {was}, the config says {now}: start a new --out")
     if checkpoint.fingerprint != dataset.transform.fingerprint():
         raise DataError(f"{dataset.folder}: not the prepared data that {out} was trained on: give that one to --data")
 
 
-def speed_before(out: Path) -> float | None:
-    """samples_per_s of the run that ended in `out` before, if one did."""
-    try:
-        return json.loads((out / "train.json").read_text(encoding="utf-8"))["samples_per_s"]
-    except (OSError, KeyError, ValueError):
-        return None
+def check_continues(run: RunConfig, dataset: Dataset, checkpoint: Checkpoint) -> None:
+    """Raises: SlimrankError when a checkpoint cannot be trained on with this run and data."""
+    if checkpoint.run.model != run.model or checkpoint.run.table_dims() != run.table_dims():
+        raise ConfigError(f"{checkpoint.folder}: of another model than the config's: use the model section it has")
+    if checkpoint.manifest["table_dims"] != run.table_dims():
+        raise ConfigError(f"{checkpoint.folder}: of an earlier training stage: continue from one of the last stage")
+    for key in ("table_optimizer", "dense_optimizer"):
+        was, now = getattr(checkpoint.run.train, key), getattr(run.train, key)
+        if was != now:
+            raise ConfigError(f"{checkpoint.folder}: holds the state of train.{key} {was}, the config says {now}")
+    known = (*dataset.transform.lineage, dataset.transform.fingerprint())
+    if checkpoint.fingerprint not in known:
+        raise DataError(
+            f"{dataset.folder}: its ids are not those of {checkpoint.folder}: prepare the new data with "
+            f"--continue-from and the data that the checkpoint was trained on"
+        )
 
 
 def raise_user_error(error: BaseException) -> None:
@@ -364,20 +341,12 @@ def raise_user_error(error: BaseException) -> None:
 def check_fits(run: RunConfig, dataset: Dataset) -> None:
     """Raises: DataError when the run's features are not those the data was prepared with."""
     prepared = dataset.transform.schema
-    wanted = [f.model_dump() for f in run.data.features], [t.model_dump() for t in run.data.tasks]
-    if wanted != ([f.model_dump() for f in prepared.features], [t.model_dump() for t in prepared.tasks]):
+    wanted = encodings(run.data.features), [(t.name, t.column, t.positive) for t in run.data.tasks]
+    if wanted != (encodings(prepared.features), [(t.name, t.column, t.positive) for t in prepared.tasks]):
         raise DataError(f"{dataset.folder}: prepared with other features or tasks than the config's: prepare it again")
-    for table in dataset.transform.tables.values():
-        owner = dataset.transform.sparse[table.name]
-        wanted_dim = owner.dim or run.model.embedding_dim
-        if table.embedding_dim != wanted_dim:
-            raise DataError(
-                f"{dataset.folder}: table {table.name} was prepared with embedding_dim {table.embedding_dim}, "
-                f"the config says {wanted_dim}: prepare the data again"
-            )
     smallest = min(dataset.rows("train"), dataset.rows("val"), dataset.rows("test"))
-    if smallest < run.train.workers:
-        raise DataError(f"{dataset.folder}: a split has {smallest} rows, fewer than {run.train.workers} workers")
+    if smallest < run.train.max_workers:
+        raise DataError(f"{dataset.folder}: a split has {smallest} rows, fewer than {run.train.max_workers} workers")
 
 
 def check_room(workers: int) -> None:

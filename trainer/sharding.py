@@ -1,55 +1,363 @@
-"""Model + topology -> sharding plan, by TorchRec's planner.
+"""Model + topology -> sharding plan, by TorchRec's planner; what it asks for, estimates and refuses.
 
-Tables are placed whole (table-wise): the one placement under which row-wise Adagrad is the same optimizer on any number
-of workers and on CPU and GPU alike. Memory caps are read from the machine, since the planner assumes 128 GiB a rank.
+In: the tables, the run's `train.sharding`, a Topology. Out: a ShardingPlan with the planner's own figures. The default
+places tables whole (table-wise): under it row-wise Adagrad is one optimizer on any number of workers and any device.
+Memory caps are read from the machine, since the planner assumes 128 GiB a rank. Bytes held are in trainer/memory.py.
 """
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from fbgemm_gpu.quantize_comm import QuantizationContext, QuantizedCommCodec
+from fbgemm_gpu.split_embedding_configs import SparseType
+from torch import Tensor, nn
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import (
+    HardwareConfig,
     KernelConfig,
     ParameterConstraints,
     PlannerError,
+    ShardingOption,
+    Stats,
     TopologyFactory,
     TrainerConfig,
 )
-from torchrec.distributed.types import ShardingPlan, ShardingType
+from torchrec.distributed.types import (
+    CacheParams,
+    CommOp,
+    ParameterSharding,
+    QuantizedCommCodecs,
+    ShardingEnv,
+    ShardingPlan,
+    ShardingType,
+)
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from trainer.data.transform import Transform
+from trainer.config import ShardingConfig, TableSharding
+from trainer.data.transform import TableInfo, Transform
 from trainer.errors import ConfigError
+from trainer.memory import machine_memory_bytes
 from trainer.models import module_name
 
-MEMORY_SHARE = 0.7  # of the machine's memory, for tables with their optimizer state and activations
+GRADIENT_SCALE = 2.0**14  # a gradient of a mean over the batch lies below what fp16 can tell from 0
+ELEMENTWISE_OPTIMIZERS = ("sgd", "adagrad", "adam")  # no state is shared by a row's columns: columns may part
+SHOWN_TABLES = 5
+# gloo's all-to-all of 16 MiB between two processes of one machine, one thread each: .67 GB/s on the two-core machine
+# that the README's figures are from; the planner would assume 600 GB/s
+GLOO_BYTES_PER_MS = 0.67e9 / 1000
+INT8_BLOCK = 32  # values that share a scale (fbgemm_gpu.quantize_comm.QuantizationContext)
+INT8_ROWS = INT8_BLOCK // 4  # dims are multiples of 4
 
 
-def sharders() -> list[EmbeddingBagCollectionSharder]:
-    """What knows how to shard a ranker's tables."""
-    return [EmbeddingBagCollectionSharder()]
+class FilledBatches(ShardedEmbeddingBagCollection):
+    """Takes batches of any number of rows, where what carries the embeddings wants certain numbers of them.
+
+    Gloo's all-gather of row-wise tables' gradients wants as many rows from each rank (`even`); int8 goes in blocks of
+    INT8_BLOCK values, so that rows come by INT8_ROWS. Batches are filled with empty bags; what comes out is cut back.
+    """
+
+    even = False
+    multiple = 1
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """Pooled embeddings (B local rows, D) of this rank's rows."""
+        rows = features.stride()
+        wanted = torch.tensor([-(-rows // self.multiple) * self.multiple])
+        if self.even:
+            dist.all_reduce(wanted, dist.ReduceOp.MAX, group=self._env.process_group)
+        pooled = super().forward(filled_up(features, int(wanted))).wait()
+        return KeyedTensor(pooled.keys(), pooled.length_per_key(), pooled.values()[:rows])
 
 
-def machine_memory_bytes() -> int:
-    """Physical memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def filled_up(features: KeyedJaggedTensor, rows: int) -> KeyedJaggedTensor:
+    """The same bags, and empty ones after them until each feature has `rows`."""
+    lengths = features.lengths().view(len(features.keys()), -1)
+    return KeyedJaggedTensor(
+        keys=features.keys(),
+        values=features.values(),
+        lengths=nn.functional.pad(lengths, (0, rows - features.stride())).view(-1),
+    )
 
 
-def topology(device: torch.device, world_size: int, local_world_size: int) -> Topology:
-    """The planner's view of the workers, with memory as it is."""
-    ddr = int(machine_memory_bytes() * MEMORY_SHARE / local_world_size)
-    hbm = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+class Sharder(EmbeddingBagCollectionSharder):
+    """Offers row-wise sharding on CPU too: TorchRec trains it there over gloo, only its planner leaves it out."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        """Sharding types the planner may choose from."""
+        types = super().sharding_types(compute_device_type)
+        row_wise = ShardingType.ROW_WISE.value
+        return types if row_wise in types else [*types, row_wise]
+
+    def shard(
+        self,
+        module: EmbeddingBagCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedEmbeddingBagCollection:
+        """TorchRec's sharded collection, or one that fills batches up where the communication wants it."""
+        codecs = (self.qcomm_codecs_registry or {}).get(CommOp.POOLED_EMBEDDINGS_ALL_TO_ALL.name)
+        int8 = codecs is not None and codecs.forward.quantized_dtype == torch.uint8
+        by_row = any(p.sharding_type == ShardingType.ROW_WISE.value for p in params.values())
+        on_gloo = by_row and device is not None and device.type == "cpu"
+        if env.world_size == 1 or not (int8 or on_gloo):
+            return super().shard(module, params, env, device, module_fqn)
+        sharded = FilledBatches(
+            module=module,
+            table_name_to_parameter_sharding=params,
+            env=env,
+            fused_params=self.fused_params,
+            device=device,
+            qcomm_codecs_registry=self.qcomm_codecs_registry,
+            module_fqn=module_fqn,
+        )
+        sharded.even = on_gloo
+        sharded.multiple = INT8_ROWS if int8 else 1
+        return sharded
+
+
+def sharders(comms: str = "fp32", device: torch.device | str = "cpu") -> list[EmbeddingBagCollectionSharder]:
+    """What shards a ranker's tables. `comms`: precision in which pooled embeddings and their gradients travel.
+
+    int8 is for embeddings that go all-to-all; their gradients, and the sums of row-wise tables, which FBGEMM cannot
+    scatter in int8, go as fp16 (bf16 on GPUs).
+    Raises: ConfigError for bf16 on CPU, where TorchRec would quietly send fp16.
+    """
+    kind = torch.device(device).type
+    if comms == "fp32":
+        return [Sharder()]
+    if comms == "bf16" and kind == "cpu":
+        raise ConfigError("train.sharding.comms bf16: gloo carries no bf16 on CPU: use fp16, int8 or fp32")
+    half = CommType.BF16 if comms == "bf16" or (comms == "int8" and kind == "cuda") else CommType.FP16
+    to_all = [CommOp.POOLED_EMBEDDINGS_ALL_TO_ALL]
+    registry = {
+        **_codecs(CommType(comms), half, to_all, kind),
+        **_codecs(half, half, [CommOp.POOLED_EMBEDDINGS_REDUCE_SCATTER], kind),
+    }
+    return [Sharder(qcomm_codecs_registry=registry)]
+
+
+def _codecs(forward: CommType, backward: CommType, ops: list[CommOp], kind: str) -> dict[str, QuantizedCommCodecs]:
+    config = QCommsConfig(forward_precision=forward, backward_precision=backward)
+    registry = get_qcomm_codecs_registry(config, comm_ops=ops, device=torch.device(kind)) or {}
+    if backward == CommType.FP16:
+        for codecs in registry.values():
+            codecs.backward = ScaledFp16(SparseType.FP16, is_fwd=False)
+    return registry
+
+
+class ScaledFp16(QuantizedCommCodec):
+    """Gradients in fp16, scaled. FBGEMM's own `loss_scale` divides while still in fp16, where they vanish after all."""
+
+    def encode(self, input_tensor: Tensor, ctx: QuantizationContext | None = None) -> Tensor:
+        """Gradients as they travel."""
+        return super().encode(input_tensor * GRADIENT_SCALE, ctx)
+
+    def decode(self, input_tensor: Tensor, ctx: QuantizationContext | None = None) -> Tensor:
+        """Gradients as they were, in fp32."""
+        return super().decode(input_tensor, ctx) / GRADIENT_SCALE
+
+
+# -- what the config asks of each table ------------------------------------------------------------------------------
+
+
+def check_sharding(
+    tables: Mapping[str, TableInfo], sharding: ShardingConfig, device: str, world_size: int, table_optimizer: str
+) -> dict[str, TableSharding]:
+    """What is asked of each table, types and column widths filled in.
+
+    Where `default` is row_wise, a table with too few rows for all workers is placed whole: the result is the same.
+    Raises: ConfigError naming the table, the value, the rule and what to use instead.
+    """
+    unknown = sorted(set(sharding.tables) - set(tables))
+    if unknown:
+        raise ConfigError(
+            f"train.sharding.tables.{unknown[0]}: no such table: the tables are {', '.join(sorted(tables)[:30])}"
+        )
+    return {
+        name: _checked(table, sharding.of(name), device, world_size, table_optimizer, name in sharding.tables)
+        for name, table in tables.items()
+    }
+
+
+def _checked(
+    table: TableInfo, asked: TableSharding, device: str, world_size: int, table_optimizer: str, named: bool
+) -> TableSharding:
+    where = f"train.sharding: table {table.name}"
+    if asked.kernel in ("fused_uvm", "fused_uvm_caching") and device != "cuda":
+        raise ConfigError(f"{where}: kernel {asked.kernel} needs a GPU, these workers have none: use kernel fused")
+    if asked.kernel == "dense" and asked.type != "data_parallel":
+        raise ConfigError(f"{where}: kernel dense is that of data_parallel tables, its type is {asked.type}: leave it")
+    if asked.type == "table_row_wise" and device != "cuda":
+        raise ConfigError(f"{where}: table_row_wise is for GPU hosts: use row_wise or table_wise on CPU")
+    if asked.type == "row_wise" and leaves_empty_shards(table.num_embeddings, world_size):
+        if named:
+            raise ConfigError(
+                f"{where}: row_wise leaves some of {world_size} workers none of its {table.num_embeddings} rows, which "
+                f"FBGEMM cannot train: use type table_wise"
+            )
+        return asked.model_copy(update={"type": "table_wise"})
+    if asked.type != "column_wise":
+        return asked
+    if table_optimizer not in ELEMENTWISE_OPTIMIZERS:
+        raise ConfigError(
+            f"{where}: column_wise with table_optimizer {table_optimizer}, which keeps one state a row, trains "
+            f"another model on each number of workers: use table_optimizer adagrad, or type table_wise or row_wise"
+        )
+    width = column_width(table.embedding_dim, asked.min_partition, world_size)
+    if width is None:
+        least = f", {asked.min_partition} (min_partition) at least" if asked.min_partition else ""
+        raise ConfigError(
+            f"{where}: column_wise cannot cut embedding_dim {table.embedding_dim}: a shard's width must be a smaller "
+            f"divisor of it and a multiple of 4{least}: use another dim or type"
+        )
+    return asked.model_copy(update={"min_partition": width})
+
+
+def column_width(dim: int, min_partition: int | None, world_size: int) -> int | None:
+    """Width of a column shard: the least allowed one, else the least that gives each worker one shard at most.
+
+    None when `dim` has no proper divisor of that kind. One worker without a `min_partition` takes the whole width.
+    """
+    widths = [w for w in range(4, dim, 4) if dim % w == 0]
+    if min_partition is not None:
+        return next((w for w in widths if w >= min_partition), None)
+    if world_size == 1:
+        return dim
+    few = [w for w in widths if dim // w <= world_size]
+    return few[0] if few else (widths[-1] if widths else None)
+
+
+def leaves_empty_shards(rows: int, world_size: int) -> bool:
+    """Whether row-wise sharding, in blocks of ceil(rows / world_size), leaves the last worker nothing."""
+    return -(-rows // world_size) * (world_size - 1) >= rows
+
+
+def allowed_types(asked: TableSharding, table_optimizer: str, device: str, rows: int, world_size: int) -> list[str]:
+    """Sharding types the planner may choose from; `auto` stands for those whose result does not depend on the plan.
+
+    data_parallel is not among those: such a table is trained by the dense optimizer.
+    """
+    if asked.type != "auto":
+        return [str(asked.type)]
+    types = [ShardingType.TABLE_WISE.value]
+    if not leaves_empty_shards(rows, world_size):
+        types.append(ShardingType.ROW_WISE.value)
+    if device == "cuda":
+        types.append(ShardingType.TABLE_ROW_WISE.value)
+    if table_optimizer in ELEMENTWISE_OPTIMIZERS:
+        types.append(ShardingType.COLUMN_WISE.value)
+    return types
+
+
+def constraints_of(
+    tables: Mapping[str, TableInfo],
+    asked: Mapping[str, TableSharding],
+    table_optimizer: str,
+    device: str,
+    world_size: int,
+    ids_per_row: Mapping[str, float],
+) -> dict[str, ParameterConstraints]:
+    """The planner's constraints. A table's lookups are spread evenly over the features that read it."""
+    constraints = {}
+    for name, table in tables.items():
+        want = asked[name]
+        kernel = want.kernel or ("dense" if want.type == "data_parallel" else "fused")
+        readers = len(table.features)
+        constraints[module_name(name)] = ParameterConstraints(
+            sharding_types=allowed_types(want, table_optimizer, device, table.num_embeddings, world_size),
+            compute_kernels=[EmbeddingComputeKernel(kernel).value],
+            min_partition=want.min_partition,
+            pooling_factors=[ids_per_row.get(name, float(readers)) / readers] * readers,
+            cache_params=CacheParams(load_factor=want.cache_load_factor) if want.cache_load_factor else None,
+        )
+    return constraints
+
+
+# -- the plan --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, and the planner's figures for each shard of it (`options`: storage in bytes, perf in ms)."""
+
+    plan: ShardingPlan
+    options: list[ShardingOption]
+
+
+class _Kept(Stats):
+    """Keeps the options that the planner chose, in place of the report it would log."""
+
+    def __init__(self) -> None:
+        self.options: list[ShardingOption] = []
+
+    def log(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        self.options = list(kwargs["best_plan"])
+
+
+def topology(device: torch.device, world_size: int, local_world_size: int, memory_share: float = 0.7) -> Topology:
+    """The planner's view of the workers: `memory_share` of the memory that this machine really has."""
+    ddr = int(machine_memory_bytes() * memory_share / local_world_size)
+    hbm = torch.cuda.get_device_properties(device).total_memory * memory_share if device.type == "cuda" else None
     return TopologyFactory.create_topology(
         trainer_config=TrainerConfig(
-            world_size=world_size, local_world_size=local_world_size, ddr_cap_bytes=ddr, hbm_cap_bytes=hbm
+            world_size=world_size,
+            local_world_size=local_world_size,
+            ddr_cap_bytes=ddr,
+            hbm_cap_bytes=None if hbm is None else int(hbm),
         ),
-        kernel_config=KernelConfig(compute_device=device.type),
+        hardware_config=HardwareConfig(intra_host_bw=GLOO_BYTES_PER_MS, inter_host_bw=GLOO_BYTES_PER_MS),
+        kernel_config=KernelConfig(compute_device=device.type, use_hardware_based_bandwidth=device.type == "cpu"),
     )
+
+
+def plan_tables(
+    model: nn.Module,
+    tables: Mapping[str, TableInfo],
+    where: Topology,
+    *,
+    local_batch_size: int,
+    sharding: ShardingConfig,
+    table_optimizer: str,
+    ids_per_row: Mapping[str, float] | None = None,
+) -> Planned:
+    """Have TorchRec's planner place every table; no process group, and no device of that kind, is needed.
+
+    `ids_per_row`: mean lookups of a table by one row of the log, all its features together (1 a feature by default).
+    Raises: ConfigError when the config asks what cannot be, or the tables do not fit.
+    """
+    device = where.compute_device
+    asked = check_sharding(tables, sharding, device, where.world_size, table_optimizer)
+    constraints = constraints_of(tables, asked, table_optimizer, device, where.world_size, ids_per_row or {})
+    kept = _Kept()
+    offered = sharders(sharding.comms, device)
+    enumerator = EmbeddingEnumerator(topology=where, batch_size=local_batch_size, constraints=constraints)
+    planner = EmbeddingShardingPlanner(
+        topology=where,
+        batch_size=local_batch_size,
+        enumerator=enumerator,
+        constraints=constraints,
+        storage_reservation=FixedPercentageStorageReservation(percentage=0.0),
+        stats=kept,
+        debug=False,
+    )
+    try:
+        plan = planner.plan(model, offered)
+    except PlannerError:
+        raise ConfigError(refusal(enumerator.enumerate(model, offered), where)) from None
+    return Planned(plan, kept.options)
 
 
 def make_plan(
@@ -60,40 +368,134 @@ def make_plan(
     world_size: int,
     local_world_size: int,
     batch_size: int,
+    sharding: ShardingConfig = ShardingConfig(),  # noqa: B008 - frozen
+    table_optimizer: str = "rowwise_adagrad",
 ) -> ShardingPlan:
-    """Place every table on a rank; called by all ranks together, they agree on rank 0's plan.
+    """Place every table on the workers; called by all ranks together, they get rank 0's plan. `batch_size` is global.
 
-    Raises: ConfigError when the tables do not fit the machines.
+    Raises: ConfigError, on every rank, when the config asks what cannot be, or the tables do not fit the machines.
     """
-    constraints = {
-        module_name(table.name): ParameterConstraints(sharding_types=[ShardingType.TABLE_WISE.value])
-        for table in transform.tables.values()
-    }
-    planner = EmbeddingShardingPlanner(
-        topology=topology(device, world_size, local_world_size),
-        batch_size=max(batch_size // world_size, 1),
-        constraints=constraints,
-        storage_reservation=FixedPercentageStorageReservation(percentage=0.05),
-        debug=False,
+    assert dist.is_initialized(), "make_plan needs a process group"
+    told: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            told = [
+                plan_tables(
+                    model,
+                    transform.tables,
+                    topology(device, world_size, local_world_size, sharding.memory_share),
+                    local_batch_size=max(batch_size // world_size, 1),
+                    sharding=sharding,
+                    table_optimizer=table_optimizer,
+                ).plan
+            ]
+        except ConfigError as error:  # the planner's own collective_plan would leave the other ranks waiting
+            told = [error]
+    if world_size > 1:
+        dist.broadcast_object_list(told, 0, device=device if device.type == "cuda" else None)
+    if isinstance(told[0], ConfigError):
+        raise told[0]
+    return told[0]
+
+
+def describe_plan(plan: ShardingPlan) -> dict[str, dict[str, Any]]:
+    """Each table's sharding type, compute kernel, ranks and shards (offsets, sizes: rows, columns), as JSON values.
+
+    A data_parallel table has no shards: it is whole on all its ranks.
+    """
+    described = {}
+    for module in plan.plan.values():
+        for name, how in module.items():
+            shards = [
+                {
+                    "rank": int(shard.placement.rank()),
+                    "offsets": [int(o) for o in shard.shard_offsets],
+                    "sizes": [int(s) for s in shard.shard_sizes],
+                }
+                for shard in (how.sharding_spec.shards if how.sharding_spec is not None else [])
+            ]
+            described[name.removeprefix(module_name(""))] = {
+                "sharding_type": how.sharding_type,
+                "compute_kernel": how.compute_kernel,
+                "ranks": [int(r) for r in how.ranks or []],
+                "shards": shards,
+            }
+    return described
+
+
+# -- what does not fit -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one table needs: `unit_bytes` is its largest shard, `total_bytes` all its shards, in one kind of memory."""
+
+    table: str
+    unit_bytes: int
+    total_bytes: int
+
+
+def refusal(options: Sequence[ShardingOption], where: Topology) -> str:
+    """Why tables do not fit, in one line: which, how large (with optimizer state and activations), how much lacks."""
+    gpu = where.compute_device != "cpu"
+    for kind, cap in (("hbm", where.devices[0].storage.hbm), ("ddr", where.devices[0].storage.ddr)):
+        if kind == "hbm" and not gpu:
+            continue
+        found = misfit(needs_of(options, kind), cap, where.world_size)
+        if found is not None:
+            memory = "GPU memory" if kind == "hbm" else "memory"
+            return f"tables do not fit {where.world_size} worker(s) with {readable(cap)} of {memory} each: {found}"
+    largest = misfit_list(needs_of(options, "hbm" if gpu else "ddr"), "total_bytes")
+    return (
+        f"tables fit {where.world_size} worker(s) in sum but not as placed: {largest}: "
+        f"use type row_wise for the largest, add workers, or raise train.sharding.memory_share"
     )
-    group = dist.group.WORLD
-    assert group is not None, "make_plan needs a process group"
-    try:
-        return planner.collective_plan(model, sharders(), group)
-    except PlannerError as error:
-        largest = max(transform.tables.values(), key=lambda t: t.fp32_bytes)
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"tables do not fit {world_size} worker(s): the largest, {largest.name}, takes "
-            f"{largest.fp32_bytes / 1e9:.2f} GB beside its optimizer state: add workers, or lower its dim or hash_size "
-            f"({reason})"
-        ) from None
 
 
-def describe_plan(plan: ShardingPlan) -> dict[str, dict[str, object]]:
-    """Each table's sharding type and ranks, as JSON values."""
-    return {
-        name.removeprefix(module_name("")): {"sharding_type": p.sharding_type, "ranks": p.ranks}
-        for module in plan.plan.values()
-        for name, p in module.items()
-    }
+def needs_of(options: Sequence[ShardingOption], kind: str) -> list[Need]:
+    """The least that each table needs of one kind of memory ("hbm" or "ddr"), over the options that it has."""
+    by_table: dict[str, list[ShardingOption]] = {}
+    for option in options:
+        by_table.setdefault(option.name.removeprefix(module_name("")), []).append(option)
+    return [
+        Need(
+            table,
+            min(max(getattr(s.storage, kind) for s in option.shards) for option in choices),
+            min(sum(getattr(s.storage, kind) for s in option.shards) for option in choices),
+        )
+        for table, choices in by_table.items()
+    ]
+
+
+def misfit(needs: Sequence[Need], cap: int, world_size: int) -> str | None:
+    """Which tables are too large for a worker, or all together for the workers; None when neither is so."""
+    single = [need for need in needs if need.unit_bytes > cap]
+    if single:
+        lacking = max(need.unit_bytes for need in single) - cap
+        return (
+            f"{misfit_list(single, 'unit_bytes')} on one worker, {readable(lacking)} too much: use type row_wise, "
+            f"lower its dim or hash_size, or use workers with more memory"
+        )
+    total = sum(need.total_bytes for need in needs)
+    if total > cap * world_size:
+        return (
+            f"{readable(total - cap * world_size)} is missing in sum; the largest are {misfit_list(needs)}: "
+            f"add workers, or lower their dim or hash_size"
+        )
+    return None
+
+
+def misfit_list(needs: Sequence[Need], what: str = "total_bytes") -> str:
+    """Tables with their bytes, largest first, up to five."""
+    ordered = sorted(needs, key=lambda need: -getattr(need, what))
+    shown = ", ".join(f"{need.table} {readable(getattr(need, what))}" for need in ordered[:SHOWN_TABLES])
+    return shown + (f" and {len(ordered) - SHOWN_TABLES} more" if len(ordered) > SHOWN_TABLES else "")
+
+
+def readable(size_bytes: float) -> str:
+    """Bytes in units of 1000, with a digit that tells small tables apart."""
+    for unit in ("B", "kB", "MB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:,.2f} GB"

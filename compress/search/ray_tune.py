@@ -25,7 +25,7 @@ import torch
 import yaml
 
 from compress.artifact import load_artifact
-from compress.compressor import check_belongs, compress, resolve, table_bytes
+from compress.compressor import compress, data_of, resolve, table_bytes
 from compress.config import CompressionPlan, SearchConfig
 from compress.errors import ArtifactError
 from compress.model import translate_rows
@@ -145,8 +145,8 @@ def tune(
     out = Path(out).absolute()
     if not resume:
         check_new(out)
-    checkpoint, dataset = open_checkpoint(checkpoint_path), open_dataset(data)
-    check_belongs(checkpoint, dataset)
+    checkpoint = open_checkpoint(checkpoint_path)
+    dataset = data_of(checkpoint, open_dataset(data))
     out.mkdir(parents=True, exist_ok=True)
     profiles = profile_tables(checkpoint, dataset, progress)
     transform = dataset.transform

@@ -11,7 +11,7 @@ each node a trial reads it without a copy.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from compress.model import CompressedModel, build_model
 from compress.search.profile import TableProfile
 from trainer.checkpoint import Checkpoint
 from trainer.config import RunConfig
-from trainer.data.encoded import Encoded, Ragged
+from trainer.data.encoded import Encoded
 from trainer.data.reader import Rows
 from trainer.data.transform import Transform
 
@@ -57,7 +57,7 @@ def extract(
     for name, table in transform.tables.items():
         touched[name] = np.unique(np.concatenate([rows.encoded.sparse[f].values for f in table.features]))
     sparse = {
-        name: Ragged(np.searchsorted(touched[transform.table_of(name).name], r.values), r.lengths)
+        name: replace(r, values=np.searchsorted(touched[transform.table_of(name).name], r.values))
         for name, r in rows.encoded.sparse.items()
     }
     return WorkingSet(

@@ -138,6 +138,17 @@ def test_metric_lines_of_several_tasks_name_each() -> None:
     assert [line.split(":")[0] for line in lines] == ["test click", "test buy"]
 
 
+def test_metric_lines_tell_what_is_there_in_two_lines_of_80_columns() -> None:
+    quality = {"auc": 0.7, "ne": 0.9, "log_loss": 0.5, "calibration": 1.0, "precision": 0.1, "f1": 0.25}
+    quality |= {"gauc": None, "ndcg@10": 0.375, "recall@10": 0.5}
+    lines = metric_lines(quality, "test")
+    assert lines[0] == "test: AUC 0.70000  NE 0.90000  log loss 0.50000  calibration 1.0000  GAUC -"
+    assert lines[1] == "  NDCG@10 0.3750  F1 0.2500"
+    lines = metric_lines({"watched_to_the_end": quality, "buy": quality}, "test")
+    assert len(lines) == 4
+    assert max(map(len, lines)) <= 80
+
+
 def test_prepare_refuses_a_missing_column_before_ray_starts(workdir: Path) -> None:
     import ray
 

@@ -10,11 +10,40 @@ from pydantic import BaseModel
 
 from compress.config import CompressionPlan, SearchConfig, TablePlan
 from serve.config import ServeConfig
-from trainer.config import ModelConfig, RunConfig, TrainConfig
+from trainer.config import (
+    Distill,
+    MetricsConfig,
+    MlflowConfig,
+    ModelConfig,
+    Plateau,
+    RunConfig,
+    Schedule,
+    ShardingConfig,
+    Stage,
+    TableSharding,
+    TrainConfig,
+    Workers,
+)
 from trainer.data.schema import CategoricalFeature, Clean, DataConfig, Ids, MultiFeature, NumericFeature, Split, Task
 
 SECTIONS = [RunConfig, DataConfig, Split, Clean, Ids, Task, CategoricalFeature, MultiFeature, NumericFeature]
-SECTIONS += [ModelConfig, TrainConfig, CompressionPlan, TablePlan, SearchConfig, ServeConfig]
+SECTIONS += [
+    ModelConfig,
+    TrainConfig,
+    ShardingConfig,
+    TableSharding,
+    MetricsConfig,
+    MlflowConfig,
+    Distill,
+    Plateau,
+    Schedule,
+    Stage,
+    Workers,
+    CompressionPlan,
+    TablePlan,
+    SearchConfig,
+    ServeConfig,
+]
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda s: s.__name__)

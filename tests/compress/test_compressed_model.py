@@ -16,6 +16,7 @@ from compress.artifact import Artifact
 from compress.config import CompressionPlan, TablePlan
 from compress.evaluate import evaluate, open_model
 from compress.model import check_same_transform, model_of_checkpoint, score_split, translate_rows, translation
+from trainer.config import MetricsConfig
 from trainer.data.batch import to_batch
 from trainer.data.reader import read_split
 from trainer.data.transform import IdMap
@@ -212,16 +213,26 @@ def test_evaluate_tells_rows_and_metrics(world: World, artifact: Artifact) -> No
     told = evaluate(model, world.dataset, "test")
     labels, logits = score_split(artifact.model, world.dataset, "test")
     groups = read_split(world.dataset, "test").groups
-    gauc = grouped_auc(labels[:, 0], logits[:, 0], groups)
-    assert 0 < gauc < 1
-    assert told == {"rows": 300, **task_metrics(labels.astype(np.float64), logits, ["click"]), "gauc": gauc}
-    assert set(told) == {"rows", "auc", "ne", "log_loss", "calibration", "gauc"}
+    assert told == {"rows": 300, **task_metrics(labels, logits, ["click"], groups)}
+    assert told["gauc"] == grouped_auc(labels[:, 0], logits[:, 0], groups)
+    assert 0 < told["gauc"] < 1
+    assert {"auc", "ne", "log_loss", "calibration", "ndcg@10", "recall@10", "precision", "f1"} < set(told)
+
+
+def test_evaluate_counts_as_the_run_of_the_model_says(world: World) -> None:
+    model = dataclasses.replace(world.fp32, metrics=MetricsConfig(k=(1, 3), threshold=0.999))
+    told = evaluate(model, world.dataset, "test")
+    assert {"ndcg@1", "ndcg@3"} < set(told)
+    assert "ndcg@10" not in told
+    assert told["recall"] < evaluate(world.fp32, world.dataset, "test")["recall"]
 
 
 def test_evaluate_of_two_tasks_tells_both(two_tasks: World) -> None:
     told = evaluate(two_tasks.fp32, two_tasks.dataset, "test")
     assert set(told) == {"rows", "click", "buy"}
     assert told["click"] != told["buy"]
+    assert ("gauc" in told["click"]) == (two_tasks.dataset.groups("test") is not None)
+    assert set(told["buy"]) == set(told["click"])
 
 
 def test_open_model_takes_a_checkpoint(world: World) -> None:

@@ -269,7 +269,7 @@ def test_prepare_continues_from_data_prepared_before(tmp_path):
     result = prepare_locally(later, tmp_path / "b", tmp_path / "a")
     a, b = open_dataset(tmp_path / "a"), open_dataset(tmp_path / "b")
     assert (a.transform.tables["any"].num_embeddings, b.transform.tables["any"].num_embeddings) == (7, 11)
-    ids = pa.array(range(9))
+    ids = pa.table({"any": range(9)})
     before, after = (d.transform.encode_sparse("any", ids).values for d in (a, b))
     np.testing.assert_array_equal(after[:5], before[:5])
     assert sorted(after[5:]) == [7, 8, 9, 10]

@@ -12,7 +12,7 @@ DIR/sample.parquet          raw validation rows, for golden requests and parity 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from trainer.data.schema import DataConfig
 from trainer.data.transform import Transform, load_transform, read_arrow
 from trainer.errors import DataError
 
@@ -29,11 +30,6 @@ FORMAT_VERSION = 1
 LABELS = "labels"
 DENSE = "dense"
 GROUP = "group"
-
-
-def sparse_column(feature: str) -> str:
-    """The prepared column that holds the rows of a sparse feature."""
-    return f"sparse.{feature}"
 
 
 @dataclass(frozen=True)
@@ -54,6 +50,15 @@ class Dataset:
     positives: dict[str, list[int]]
     manifest: dict[str, Any]
 
+    def sized(self, data: DataConfig, embedding_dim: int) -> Dataset:
+        """The same data, its tables as wide as a run's model asks for (prepared rows do not depend on it)."""
+        return replace(self, transform=self.transform.with_dims(data.features, embedding_dim))
+
+    @property
+    def negative_rate(self) -> float:
+        """The share of the training split's negatives that prepare kept."""
+        return float(self.manifest.get("negative_rate", 1.0))
+
     def rows(self, split: SplitName) -> int:
         """Rows of a split."""
         return sum(sum(f.row_groups) for f in self.files[split])
@@ -62,11 +67,6 @@ class Dataset:
         """The group of each row (N,) uint64, where the schema names a group or a user."""
         tables = [pq.read_table(f.path, columns=[GROUP]) for f in self.files[split] if self._has_groups]
         return pa.concat_tables(tables)[GROUP].to_numpy() if tables else None
-
-    @property
-    def negative_rate(self) -> float:
-        """The probability with which a row of label 0 was kept in the training split; 1 when all were."""
-        return float(self.manifest.get("negative_rate", 1.0))
 
     @property
     def _has_groups(self) -> bool:

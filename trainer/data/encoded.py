@@ -6,21 +6,29 @@ Legend: N rows, I dense inputs, K candidates.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
+
+
+SPARSE = "sparse."
+WEIGHTS = "weights."
 
 
 @dataclass(frozen=True)
 class Ragged:
     """The ids of one sparse feature for N rows.
 
-    `values` int64 (total,); `lengths` int32 (N,), or None when every row holds exactly one id.
+    `values` int64 (total,); `lengths` int32 (N,), or None when every row holds exactly one id; `weights` float32
+    (total,): what each id counts for in the pooled sum, or None. `positions` is set where a row's ids are looked up
+    one by one instead of pooled: the most a row may hold.
     """
 
     values: np.ndarray
     lengths: np.ndarray | None = None
+    weights: np.ndarray | None = None
+    positions: int | None = None
 
     def __len__(self) -> int:
         return len(self.values) if self.lengths is None else len(self.lengths)
@@ -28,18 +36,20 @@ class Ragged:
     def take(self, index: np.ndarray) -> Ragged:
         """The rows at `index`, in that order."""
         if self.lengths is None:
-            return Ragged(self.values[index])
+            return replace(self, values=self.values[index])
         starts = np.cumsum(self.lengths, dtype=np.int64) - self.lengths
         lengths = self.lengths[index]
         first = np.repeat(starts[index], lengths)
         within = np.arange(lengths.sum(), dtype=np.int64) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        return Ragged(self.values[first + within], lengths)
+        weights = None if self.weights is None else self.weights[first + within]
+        return replace(self, values=self.values[first + within], lengths=lengths, weights=weights)
 
     def repeat(self, times: int) -> Ragged:
         """A single row repeated `times` times (a user's ids beside each of K candidates)."""
         assert len(self) == 1, "repeat is for one row"
-        values = np.tile(self.values, times)
-        return Ragged(values, None if self.lengths is None else np.repeat(self.lengths, times))
+        lengths = None if self.lengths is None else np.repeat(self.lengths, times)
+        weights = None if self.weights is None else np.tile(self.weights, times)
+        return replace(self, values=np.tile(self.values, times), lengths=lengths, weights=weights)
 
 
 @dataclass(frozen=True)
@@ -72,21 +82,39 @@ def concatenate(parts: Sequence[Encoded]) -> Encoded:
 def concatenate_ragged(parts: Sequence[Ragged]) -> Ragged:
     """Rows of several parts of one feature, one after another."""
     lengths = [p.lengths for p in parts if p.lengths is not None]
-    values = np.concatenate([p.values for p in parts])
-    return Ragged(values, np.concatenate(lengths) if lengths else None)
+    weights = [p.weights for p in parts if p.weights is not None]
+    return replace(
+        parts[0],
+        values=np.concatenate([p.values for p in parts]),
+        lengths=np.concatenate(lengths) if lengths else None,
+        weights=np.concatenate(weights) if weights else None,
+    )
 
 
-def to_column(ragged: Ragged) -> pa.Array:
-    """Rows of a feature as an Arrow column: int32, or lists of int32."""
+def to_columns(name: str, ragged: Ragged) -> dict[str, pa.Array]:
+    """Rows of a feature as Arrow columns: sparse.NAME (int32, or lists of it) and, with weights, weights.NAME."""
     values = pa.array(ragged.values.astype(np.int32))
     if ragged.lengths is None:
-        return values
-    offsets = np.concatenate(([0], np.cumsum(ragged.lengths))).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), values)
+        return {f"{SPARSE}{name}": values}
+    offsets = pa.array(np.concatenate(([0], np.cumsum(ragged.lengths))).astype(np.int32))
+    columns = {f"{SPARSE}{name}": pa.ListArray.from_arrays(offsets, values)}
+    if ragged.weights is not None:
+        columns[f"{WEIGHTS}{name}"] = pa.ListArray.from_arrays(offsets, pa.array(ragged.weights))
+    return columns
 
 
-def from_column(column: pa.Array) -> Ragged:
-    """What `to_column` made."""
+def from_columns(table: pa.Table, name: str, positions: int | None = None) -> Ragged:
+    """What `to_columns` made."""
+    column = _whole(table[f"{SPARSE}{name}"])
     if not pa.types.is_list(column.type):
-        return Ragged(column.to_numpy().astype(np.int64))
-    return Ragged(column.flatten().to_numpy().astype(np.int64), np.diff(column.offsets.to_numpy()).astype(np.int32))
+        return Ragged(column.to_numpy().astype(np.int64), positions=positions)
+    weights = None
+    if f"{WEIGHTS}{name}" in table.column_names:
+        weights = _whole(table[f"{WEIGHTS}{name}"]).flatten().to_numpy().astype(np.float32)
+    lengths = np.diff(column.offsets.to_numpy()).astype(np.int32)
+    return Ragged(column.flatten().to_numpy().astype(np.int64), lengths, weights, positions)
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    array = column.combine_chunks()
+    return pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array

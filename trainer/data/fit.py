@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pyarrow as pa
 
-from trainer.data.schema import CategoricalFeature, DataConfig, MultiFeature, NumericFeature
+from trainer.data.schema import DataConfig, MultiFeature, NumericFeature, SequenceFeature, TableOptions
 from trainer.data.transform import (
     RESERVED_ROWS,
     IdMap,
@@ -110,7 +110,7 @@ def observe(raw: pa.Table, data: DataConfig, seed: int) -> FitStats:
         if isinstance(feature, NumericFeature):
             stats.numbers[feature.name] = _observe_number(as_numbers(column, feature.source), feature, rng)
             continue
-        if isinstance(feature, MultiFeature):
+        if isinstance(feature, MultiFeature | SequenceFeature):
             column = split_bags(column, feature)[0]
         if _hash_size(feature, data) is None:
             keys, missing = hash_ids(column, feature.source)
@@ -131,9 +131,9 @@ def _observe_number(numbers: np.ndarray, feature: NumericFeature, rng: np.random
     return stats
 
 
-def _hash_size(feature: CategoricalFeature | MultiFeature, data: DataConfig) -> int | None:
+def _hash_size(feature: TableOptions, data: DataConfig) -> int | None:
     owner = next(f for f in data.features if f.name == feature.table_name)
-    return owner.hash_size if isinstance(owner, CategoricalFeature | MultiFeature) else None
+    return owner.hash_size if isinstance(owner, TableOptions) else None
 
 
 def fit_transform(stats: FitStats, data: DataConfig, default_dim: int) -> Transform:
@@ -179,7 +179,7 @@ def extend_transform(old: Transform, stats: FitStats, data: DataConfig, default_
         if table.kind != "vocabulary":
             continue
         owner = next(f for f in data.sparse_features if f.name == name)
-        assert isinstance(owner, CategoricalFeature | MultiFeature), "a vocabulary belongs to ids"
+        assert isinstance(owner, TableOptions), "a vocabulary belongs to ids"
         keys, counts = sum_counts(stats.ids.get(name, []))
         frequent = keys[counts >= (owner.min_count or data.min_count)]
         known = old.id_maps[name].keys_by_row()

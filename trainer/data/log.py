@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from trainer.data.schema import DataConfig, NumericFeature
+from trainer.data.schema import DataConfig, NumericFeature, columns_of
 from trainer.errors import DataError
 
 FRAGMENT_ROWS = 500_000
@@ -144,7 +144,7 @@ def check_columns(path: str, present: Sequence[str], data: DataConfig) -> None:
     """Raises: DataError naming the first column that the schema wants and the log lacks, and who wants it."""
     for column in data.columns:
         if column not in present:
-            users = [f"feature {f.name!r}" for f in data.features if f.source == column]
+            users = [f"feature {f.name!r}" for f in data.features if column in columns_of(f)]
             users += [f"task {t.name!r}" for t in data.tasks if t.column == column]
             users += ["data.clean"] if column in data.clean.columns else []
             listed = ", ".join(present[:30]) + (", ..." if len(present) > 30 else "")

@@ -39,11 +39,11 @@ from trainer.data.clean import (
     write_duplicates,
 )
 from trainer.data.cuts import Bracket, values_at
-from trainer.data.dataset import DENSE, FORMAT_VERSION, GROUP, LABELS, SPLITS, sparse_column
-from trainer.data.encoded import Encoded, to_column
+from trainer.data.dataset import DENSE, FORMAT_VERSION, GROUP, LABELS, SPLITS
+from trainer.data.encoded import Encoded, to_columns
 from trainer.data.fit import FitStats, check_extends, extend_transform, fit_transform, observe, sum_counts
 from trainer.data.log import Fragment, csv_to_parquet, find_files, fragments_of
-from trainer.data.schema import DataConfig
+from trainer.data.schema import DataConfig, columns_of
 from trainer.data.transform import OOV_ROW, Transform, as_numbers, as_text, flat, hash_ids, load_transform, write_arrow
 from trainer.errors import DataError, SlimrankError
 from trainer.files import new_directory, write_json
@@ -177,7 +177,7 @@ def _write_rows(fragment: Fragment, splitter: Splitter, transform: Transform, fo
 def _prepared_table(encoded: Encoded, labels: np.ndarray, groups: np.ndarray | None) -> pa.Table:
     columns: dict[str, pa.Array] = {}
     for name, ragged in encoded.sparse.items():
-        columns[sparse_column(name)] = to_column(ragged)
+        columns |= to_columns(name, ragged)
     if encoded.dense.shape[1]:
         columns[DENSE] = pa.FixedSizeListArray.from_arrays(pa.array(encoded.dense.ravel()), encoded.dense.shape[1])
     columns[LABELS] = pa.FixedSizeListArray.from_arrays(pa.array(labels.ravel()), labels.shape[1])
@@ -199,7 +199,7 @@ def _seen_items(raw: pa.Table, data: DataConfig, fragment: Fragment) -> pa.Table
     if data.ids.item is None:
         return None
     wanted = [data.ids.item, *([data.title] if data.title else [])]
-    wanted += [f.source for f in data.features if f.side == "item"]
+    wanted += [c for f in data.features if f.side == "item" for c in columns_of(f)]
     table = raw.select(list(dict.fromkeys(wanted)))
     if data.timestamp is not None:
         when = timestamps(raw, data)

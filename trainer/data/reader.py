@@ -25,8 +25,8 @@ import pyarrow.parquet as pq
 
 from trainer.data import encoded
 from trainer.data.batch import Batch, to_batch
-from trainer.data.dataset import DENSE, GROUP, LABELS, Dataset, SplitName, sparse_column
-from trainer.data.encoded import Encoded, from_column
+from trainer.data.dataset import DENSE, GROUP, LABELS, Dataset, SplitName
+from trainer.data.encoded import Encoded, from_columns
 from trainer.data.transform import OOV_ROW, flat
 from trainer.errors import ConfigError, DataError
 
@@ -375,7 +375,8 @@ def read_chunk(dataset: Dataset, chunk: Chunk) -> Rows:
             table = file.read_row_group(chunk.row_group)
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{chunk.path}: cannot be read: {str(error).splitlines()[0]}: prepare the data again") from None
-    sparse = {name: from_column(flat(table[sparse_column(name)])) for name in dataset.transform.sparse}
+    transform = dataset.transform
+    sparse = {name: from_columns(table, name, transform.positions(name)) for name in transform.sparse}
     if DENSE in table.column_names:
         dense = flat(table[DENSE]).flatten().to_numpy().reshape(len(table), -1).copy()  # torch wants it writable
     else:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -34,11 +34,13 @@ class Task(Config):
     """One thing to predict: the label is 1 where `column` satisfies `positive`.
 
     Without `positive` the column must hold 0 and 1 (or booleans). Rows whose label is null are refused in prepare.
+    `weight` is what the task's loss counts for beside those of the others.
     """
 
     name: str = "label"
     column: str
     positive: str | None = None
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
     @field_validator("positive")
     @classmethod
@@ -97,13 +99,36 @@ class CategoricalFeature(TableOptions):
     kind: Literal["categorical"]
 
 
-class MultiFeature(TableOptions):
-    """A bag of ids a row: a list column, or text cut at `separator`; pooled by mean or sum."""
+class BagFeature(TableOptions):
+    """Several ids a row: a list column, or text cut at `separator`."""
+
+    separator: str | None = None
+
+
+class MultiFeature(BagFeature):
+    """A bag of ids a row, pooled by mean or sum; `weights` names a column with a number for each id."""
 
     kind: Literal["multi"]
-    separator: str | None = None
     pooling: Literal["mean", "sum"] = "mean"
     max_length: int = Field(default=100, ge=1)
+    weights: str | None = None
+
+
+class SequenceFeature(BagFeature):
+    """Ids in the order of time, newest last; the last `max_length` of them are read.
+
+    `attention` pools them by what each says of the candidate: the feature whose table the sequence shares.
+    """
+
+    kind: Literal["sequence"]
+    pooling: Literal["mean", "sum", "attention"] = "mean"
+    max_length: int = Field(default=50, ge=1, le=1000)
+
+    @model_validator(mode="after")
+    def _attends_to_a_feature(self) -> SequenceFeature:
+        if self.pooling == "attention" and self.table in (None, self.name):
+            raise ValueError("pooling: attention needs table: the feature it attends to, whose table it shares")
+        return self
 
 
 class NumericFeature(FeatureBase):
@@ -126,8 +151,24 @@ class NumericFeature(FeatureBase):
         return self
 
 
-Feature = Annotated[CategoricalFeature | MultiFeature | NumericFeature, Field(discriminator="kind")]
-SparseFeature = CategoricalFeature | MultiFeature | NumericFeature
+Feature = Annotated[CategoricalFeature | MultiFeature | SequenceFeature | NumericFeature, Field(discriminator="kind")]
+SparseFeature = CategoricalFeature | MultiFeature | SequenceFeature | NumericFeature
+
+
+def is_attention(feature: SparseFeature) -> bool:
+    """Whether a feature is a sequence that is pooled by attention."""
+    return isinstance(feature, SequenceFeature) and feature.pooling == "attention"
+
+
+def columns_of(feature: SparseFeature | NumericFeature) -> list[str]:
+    """The raw columns that a feature is read from: its ids or numbers, and the weights of its ids."""
+    weights = feature.weights if isinstance(feature, MultiFeature) else None
+    return [feature.source] if weights is None else [feature.source, weights]
+
+
+def encodings(features: Sequence[SparseFeature | NumericFeature]) -> list[dict[str, Any]]:
+    """What of some features decides how rows are encoded: all but the width of their tables."""
+    return [{k: v for k, v in f.model_dump().items() if k != "dim"} for f in features]
 
 
 class Split(Config):
@@ -237,14 +278,22 @@ class DataConfig(Config):
                 own = [k for k in ("dim", "min_count", "hash_size") if getattr(feature, k) is not None]
                 if own:
                     raise ValueError(f"feature {feature.name!r} shares table {owner.name!r}: set {own[0]} there")
-            poolings = {
-                f.pooling
-                for f in self.sparse_features
-                if isinstance(f, MultiFeature) and f.table_name == feature.table_name
-            }
-            if len(poolings) > 1:
-                raise ValueError(f"features that share table {owner.name!r} must have one pooling, not mean and sum")
+            if is_attention(feature) and is_attention(owner):
+                raise ValueError(f"feature {feature.name!r}: attends to {owner.name!r}, which is itself a sequence")
         return self
+
+    @property
+    def weighted(self) -> bool:
+        """Whether ids carry weights into their pooled sum: where a feature names some, or where one table is pooled
+        in two ways (a lookup has one pooling a table, so means become weighted sums)."""
+        bags = [f for f in self.sparse_features if isinstance(f, MultiFeature | SequenceFeature)]
+        if any(isinstance(f, MultiFeature) and f.weights is not None for f in bags):
+            return True
+        poolings: dict[str, set[str]] = {}
+        for f in bags:
+            if f.pooling != "attention":
+                poolings.setdefault(f.table_name, set()).add(f.pooling)
+        return any(len(p) > 1 for p in poolings.values())
 
     @property
     def sparse_features(self) -> list[SparseFeature]:
@@ -260,6 +309,7 @@ class DataConfig(Config):
     def columns(self) -> list[str]:
         """Every raw column that preparing needs, each once."""
         extra = [self.timestamp, self.ids.user, self.ids.item, self.ids.group, self.title, self.split.column]
-        wanted = [f.source for f in self.features] + [t.column for t in self.tasks] + [c for c in extra if c]
+        wanted = [c for f in self.features for c in columns_of(f)] + [t.column for t in self.tasks]
+        wanted += [c for c in extra if c]
         wanted += self.clean.columns
         return list(dict.fromkeys(wanted))

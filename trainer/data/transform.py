@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,14 @@ import pyarrow.compute as pc
 from pydantic import ValidationError
 
 from trainer.data.encoded import Encoded, Ragged
-from trainer.data.schema import DataConfig, MultiFeature, NumericFeature, SparseFeature
+from trainer.data.schema import (
+    DataConfig,
+    MultiFeature,
+    NumericFeature,
+    SequenceFeature,
+    SparseFeature,
+    is_attention,
+)
 from trainer.errors import DataError
 from trainer.files import write_json
 
@@ -126,9 +133,11 @@ class Transform:
         id_maps: dict[str, IdMap],
         numerics: dict[str, NumericStats],
         lineage: tuple[str, ...] = (),
+        weighted: bool | None = None,
     ) -> None:
         self.lineage = lineage
         self.schema = schema
+        self.weighted = schema.weighted if weighted is None else weighted
         self.tables = tables
         self.id_maps = id_maps
         self.numerics = numerics
@@ -141,7 +150,14 @@ class Transform:
 
     def with_id_maps(self, id_maps: dict[str, IdMap]) -> Transform:
         """The same transform, reading other rows."""
-        return Transform(self.schema, self.tables, id_maps, self.numerics, self.lineage)
+        return Transform(self.schema, self.tables, id_maps, self.numerics, self.lineage, self.weighted)
+
+    def with_dims(self, features: Sequence[SparseFeature | NumericFeature], default_dim: int) -> Transform:
+        """The same transform, its tables as wide as a model's features ask for."""
+        asked = {f.name: getattr(f, "dim", None) or default_dim for f in features}
+        tables = {name: replace(t, embedding_dim=asked[name]) for name, t in self.tables.items()}
+        schema = self.schema.model_copy(update={"features": list(features)})
+        return Transform(schema, tables, self.id_maps, self.numerics, self.lineage, self.weighted)
 
     def table_of(self, feature: str) -> TableInfo:
         """The table that a sparse feature reads."""
@@ -154,14 +170,20 @@ class Transform:
 
         Raises: DataError naming the column when its values cannot be read as its feature's kind.
         """
-        sparse = {name: self.encode_sparse(name, _column(raw, f.source)) for name, f in self.sparse.items()}
+        sparse = {name: self.encode_sparse(name, raw) for name in self.sparse}
         return Encoded(sparse, self.encode_dense(raw))
 
-    def encode_sparse(self, name: str, column: pa.Array) -> Ragged:
-        """Rows of one sparse feature's table for a raw column of N values."""
+    def positions(self, name: str) -> int | None:
+        """The most ids a row of a feature holds, where they are looked up one by one; else None."""
         feature = self.sparse[name]
-        if isinstance(feature, MultiFeature):
-            return self._encode_bags(feature, column)
+        return feature.max_length if isinstance(feature, SequenceFeature) and is_attention(feature) else None
+
+    def encode_sparse(self, name: str, raw: pa.Table) -> Ragged:
+        """Rows of one sparse feature's table for N raw rows."""
+        feature = self.sparse[name]
+        column = _column(raw, feature.source)
+        if isinstance(feature, MultiFeature | SequenceFeature):
+            return self._encode_bags(feature, column, raw)
         id_map = self.id_maps[feature.table_name]
         if isinstance(feature, NumericFeature):
             numbers = as_numbers(column, feature.source)
@@ -192,8 +214,9 @@ class Transform:
             return np.zeros((len(raw), 0), dtype=np.float32)
         return np.stack(columns, axis=1).astype(np.float32)
 
-    def _encode_bags(self, feature: MultiFeature, column: pa.Array) -> Ragged:
+    def _encode_bags(self, feature: MultiFeature | SequenceFeature, column: pa.Array, raw: pa.Table) -> Ragged:
         values, lengths = split_bags(column, feature)
+        weights = bag_weights(raw, feature, lengths) if self.weighted else None
         keys, missing = hash_ids(values, feature.source)
         id_map = self.id_maps[feature.table_name]
         rows = id_map.rows(keys)
@@ -202,8 +225,9 @@ class Transform:
         if empty.any():  # an empty bag reads the missing row, as in training
             at = np.cumsum(lengths)[empty] - lengths[empty]
             rows = np.insert(rows, at, id_map.row(MISSING_ROW))
+            weights = None if weights is None else np.insert(weights, at, np.float32(1.0))
             lengths = np.where(empty, 1, lengths)
-        return Ragged(rows, lengths.astype(np.int32))
+        return Ragged(rows, lengths.astype(np.int32), weights, self.positions(feature.name))
 
     # -- files -----------------------------------------------------------------------------------------------------
 
@@ -232,7 +256,9 @@ class Transform:
         digest = hashlib.sha256()
         features = [f.model_dump(mode="json") for f in self.schema.features]
         numerics = {k: asdict(v) for k, v in self.numerics.items()}
-        tables = [asdict(t) for t in self.tables.values()]
+        # a dim decides no encoded row: one prepared data set serves models of any width
+        tables = [{k: v for k, v in asdict(t).items() if k != "embedding_dim"} for t in self.tables.values()]
+        features = [{k: v for k, v in f.items() if k != "dim"} for f in features]
         digest.update(json.dumps([features, tables, numerics], sort_keys=True).encode())
         for name in sorted(self.id_maps):
             if self.id_maps[name].keys is not None:
@@ -358,26 +384,70 @@ def as_numbers(column: pa.Array, name: str) -> np.ndarray:
     return numbers
 
 
-def split_bags(column: pa.Array, feature: MultiFeature) -> tuple[pa.Array, np.ndarray]:
+def split_bags(column: pa.Array, feature: MultiFeature | SequenceFeature) -> tuple[pa.Array, np.ndarray]:
     """Values of all bags in a row, and the length of each bag (N,) int64; a null bag is empty.
 
+    A bag keeps its first `max_length` ids, a sequence its last.
     Raises: DataError when the column is neither lists nor, with `separator`, text.
     """
+    return cut_bags(as_lists(column, feature.source, feature.separator), feature)
+
+
+def as_lists(column: pa.Array, name: str, separator: str | None) -> pa.Array:
+    """A column of lists: as it is, text cut at `separator`, or single values as lists of one."""
     kind = column.type
     if pa.types.is_null(kind):
-        return pa.nulls(0, pa.string()), np.zeros(len(column), dtype=np.int64)
+        return pa.nulls(len(column), pa.list_(pa.string()))
     if pa.types.is_fixed_size_list(kind):
-        column = column.cast(pa.list_(kind.value_type))
-    elif not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-        text = as_text(column, feature.source)
-        if feature.separator is None:
-            column = pa.ListArray.from_arrays(np.arange(len(text) + 1, dtype=np.int32), text)
-            column = pc.if_else(text.is_null(), None, column)
-        else:
-            column = pc.split_pattern(text, feature.separator)
-    column = pc.list_slice(column, 0, feature.max_length)
-    lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
-    return flat(pc.list_flatten(column)), lengths
+        return column.cast(pa.list_(kind.value_type))
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return column
+    text = as_text(column, name)
+    if separator is not None:
+        return pc.split_pattern(text, separator)
+    single = pa.ListArray.from_arrays(np.arange(len(text) + 1, dtype=np.int32), text)
+    return pc.if_else(text.is_null(), None, single)
+
+
+def cut_bags(lists: pa.Array, feature: MultiFeature | SequenceFeature) -> tuple[pa.Array, np.ndarray]:
+    """Values and lengths of lists after the cut at `max_length`."""
+    whole = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    lengths = np.minimum(whole, feature.max_length)
+    values = flat(pc.list_flatten(lists))
+    if (lengths == whole).all():
+        return values, lengths
+    first = np.cumsum(whole) - whole
+    if isinstance(feature, SequenceFeature):
+        first += whole - lengths
+    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return values.take(pa.array(np.repeat(first, lengths) + within)), lengths
+
+
+def bag_weights(raw: pa.Table, feature: MultiFeature | SequenceFeature, lengths: np.ndarray) -> np.ndarray:
+    """What each id of the bags counts for (total,) float32: its own weight (1 where there is none), over the bag's sum
+    of weights where the bag is pooled by mean.
+
+    Raises: DataError when there are not as many weights as ids, or one is negative.
+    """
+    column = feature.weights if isinstance(feature, MultiFeature) else None
+    weights = np.ones(int(lengths.sum()))
+    if column is not None and column in raw.column_names:
+        values, own = cut_bags(as_lists(_column(raw, column), column, feature.separator), feature)
+        if (own != lengths).any() and own.any():
+            row = int((own != lengths).argmax())
+            raise DataError(
+                f"feature {feature.name!r}: row {row} has {lengths[row]} ids in {feature.source!r} and {own[row]} "
+                f"weights in {column!r}: give each id one weight"
+            )
+        if own.any():
+            weights = np.nan_to_num(as_numbers(values, column), nan=1.0)
+            if (weights < 0).any():
+                raise DataError(f"column {column!r}: holds weight {weights.min():g}: weights are 0 or more")
+    if feature.pooling == "mean":
+        bag = np.repeat(np.arange(len(lengths)), lengths)
+        sums = np.bincount(bag, weights, minlength=len(lengths))
+        weights = weights / np.maximum(sums, 1e-12)[bag]
+    return weights.astype(np.float32)
 
 
 def warp(numbers: np.ndarray, feature: NumericFeature) -> np.ndarray:
@@ -403,4 +473,6 @@ def read_arrow(path: Path) -> pa.Table:
 def pick(transform: Transform, features: Sequence[SparseFeature | NumericFeature]) -> Transform:
     """A transform of some of the features only: what the item catalogue or a user's request needs."""
     schema = transform.schema.model_copy(update={"features": list(features)})
-    return Transform(schema, transform.tables, transform.id_maps, transform.numerics, transform.lineage)
+    return Transform(
+        schema, transform.tables, transform.id_maps, transform.numerics, transform.lineage, transform.weighted
+    )

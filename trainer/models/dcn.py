@@ -34,10 +34,10 @@ class DCNHead(Head):
         width = shape.num_dense + shape.total_dim
         rank = min(config.cross_rank, width)
         self.crosses = nn.ModuleList(LowRankCross(width, rank) for _ in range(config.cross_layers))
-        self.deep = mlp([width, *config.top_mlp], config.dropout)
+        self.deep = mlp([width, *config.top_mlp], config.dropout, config.batch_norm)
         self.out = nn.Linear(width + (config.top_mlp[-1] if config.top_mlp else width), shape.num_tasks)
 
-    def forward(self, dense_BI: Tensor, pooled_BD: Tensor) -> Tensor:  # noqa: N803
+    def logits(self, dense_BI: Tensor, pooled_BD: Tensor) -> Tensor:  # noqa: N803
         """Logits (B, T)."""
         x0_BX = torch.cat([dense_BI, pooled_BD], dim=1)
         x_BX = x0_BX

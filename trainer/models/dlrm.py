@@ -28,10 +28,10 @@ class DLRMHead(Head):
         rows, columns = torch.tril_indices(vectors, vectors, offset=-1)
         self.register_buffer("pairs", rows * vectors + columns, persistent=False)
         first = len(rows) + (self.width if shape.num_dense else 0) + shape.total_dim
-        self.top = mlp([first, *config.top_mlp], config.dropout)
+        self.top = mlp([first, *config.top_mlp], config.dropout, config.batch_norm)
         self.out = nn.Linear(config.top_mlp[-1] if config.top_mlp else first, shape.num_tasks)
 
-    def forward(self, dense_BI: Tensor, pooled_BD: Tensor) -> Tensor:  # noqa: N803
+    def logits(self, dense_BI: Tensor, pooled_BD: Tensor) -> Tensor:  # noqa: N803
         """Logits (B, T)."""
         parts = pooled_BD.split(self.dims, dim=1)
         vectors = [project(part) for project, part in zip(self.project, parts, strict=True)]

@@ -1,6 +1,6 @@
-"""The shape all rankers share: embedding tables -> pooled embeddings -> a dense head -> one logit a task.
+"""The shape all rankers share: embedding tables -> looked-up embeddings -> a dense head -> one logit a task.
 
-Legend: B batch, I dense inputs, D sum of the features' embedding dims, T tasks.
+Legend: B batch, I dense inputs, L sum of the lookups' widths, D sum of the features' embedding dims, T tasks.
 """
 
 from __future__ import annotations
@@ -9,54 +9,146 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from trainer.data.batch import Batch, lookup_names
 
 
 @dataclass(frozen=True)
 class HeadShape:
-    """What a head takes and gives: I dense inputs, the embedding dim of each sparse feature in order, T tasks."""
+    """What a head takes and gives: I dense inputs, the embedding dim of each sparse feature in order, T tasks.
+
+    `positions` holds, of each feature, the length of its sequence where attention pools it, else None; `targets` the
+    place of the feature it attends to.
+    """
 
     num_dense: int
     dims: tuple[int, ...]
     num_tasks: int
+    features: tuple[str, ...] = ()
+    positions: tuple[int | None, ...] = ()
+    targets: tuple[int | None, ...] = ()
 
     @property
     def total_dim(self) -> int:
         """D: width of the concatenated pooled embeddings."""
         return sum(self.dims)
 
+    @property
+    def lookups(self) -> list[tuple[str, int]]:
+        """Each lookup's name and width, in order."""
+        spread = zip(self.features, self.dims, self.positions, strict=True)
+        return [(name, dim) for feature, dim, count in spread for name in lookup_names(feature, count)]
+
 
 class Head(nn.Module):
-    """The dense part of a ranker: (dense (B, I), pooled (B, D)) -> logits (B, T). No tables in it."""
+    """The dense part of a ranker: (dense (B, I), looked up (B, L)) -> logits (B, T). No tables in it.
+
+    `autocast` is the type its matrix products run in; None leaves them in fp32.
+    """
+
+    autocast: torch.dtype | None = None
+
+    def forward(self, dense_BI: Tensor, looked_up_BL: Tensor) -> Tensor:  # noqa: N803
+        """Logits (B, T) float32."""
+        if self.autocast is None:
+            return self.logits(dense_BI, looked_up_BL)
+        with torch.autocast(dense_BI.device.type, self.autocast):
+            return self.logits(dense_BI, looked_up_BL).float()
+
+    def logits(self, dense_BI: Tensor, looked_up_BL: Tensor) -> Tensor:  # noqa: N803
+        """What an architecture computes."""
+        raise NotImplementedError
 
 
 class Ranker(nn.Module):
-    """Tables and head. Training shards `embeddings`; compression replaces them by a quantized lookup."""
+    """Tables and head. Training shards `embeddings`; compression replaces them by a quantized lookup.
 
-    def __init__(self, embeddings: EmbeddingBagCollection, head: Head, features: Sequence[str]) -> None:
+    Tables may be narrower than the head expects (an early stage of progressive training): the rest reads as zero.
+    """
+
+    def __init__(self, embeddings: EmbeddingBagCollection, head: Head, shape: HeadShape) -> None:
         super().__init__()
         self.embeddings = embeddings
         self.head = head
-        self.features = list(features)
+        self.lookups = shape.lookups
+        dims = {f: c.embedding_dim for c in embeddings.embedding_bag_configs() for f in c.feature_names}
+        self.width = sum(width for _, width in self.lookups)
+        self.missing = [width - dims[name] for name, width in self.lookups]
+        # a sequence counts as one feature in the L2 term, as the mean over its positions
+        counts = [count or 1 for count in shape.positions for _ in range(count or 1)]
+        features = len(shape.features)
+        self.register_buffer(
+            "l2_scale",
+            torch.cat(
+                [torch.full((dims[n],), 1.0 / features / c) for (n, _), c in zip(self.lookups, counts, strict=True)]
+            ),
+            persistent=False,
+        )
 
-    def forward(self, dense_BI: Tensor, sparse: KeyedJaggedTensor) -> tuple[Tensor, Tensor]:  # noqa: N803
-        """Logits (B, T), and the pooled embeddings (B, D) that regularisation looks at."""
-        pooled = self.embeddings(sparse)
-        # a sharded collection may order features by table group: take them by name
-        pooled_BD = torch.cat([pooled[name] for name in self.features], dim=1)
-        return self.head(dense_BI, pooled_BD), pooled_BD
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits (B, T), and the looked-up embeddings (B, L) that regularisation looks at."""
+        found = self.embeddings(batch.sparse)
+        # a sharded collection may order lookups by table group: take them by name
+        parts = [found[name] for name, _ in self.lookups]
+        whole = [F.pad(p, (0, m)) if m else p for p, m in zip(parts, self.missing, strict=True)]
+        return self.head(batch.dense, torch.cat(whole, dim=1)), torch.cat(parts, dim=1)
 
 
-def mlp(sizes: Sequence[int], dropout: float = 0.0) -> nn.Sequential:
-    """Linear layers with ReLU and dropout after each."""
+class BatchNorm(nn.Module):
+    """Batch normalisation over the global batch: the same result whatever the number of workers.
+
+    Statistics are summed over ranks (torch's SyncBatchNorm does so on GPUs only). Inputs (B, W), outputs the same.
+    """
+
+    def __init__(self, width: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+        self.momentum = momentum
+        self.eps = eps
+
+    def forward(self, x_BW: Tensor) -> Tensor:  # noqa: N803
+        """Normalise by the global batch in training, by running statistics otherwise."""
+        if not self.training:
+            scale = self.weight * torch.rsqrt(self.running_var + self.eps)
+            return torch.addcmul(self.bias - self.running_mean * scale, x_BW, scale)
+        x_BW = x_BW.float()
+        count = torch.full((1,), float(x_BW.shape[0]), device=x_BW.device)
+        mean, rows = _global_sums(x_BW.sum(0), count)
+        mean = mean / rows
+        centred = x_BW - mean
+        var, _ = _global_sums(centred.square().sum(0), count)
+        var = var / rows
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * rows / (rows - 1).clamp(min=1), self.momentum)
+        return centred * torch.rsqrt(var + self.eps) * self.weight + self.bias
+
+
+def _global_sums(sums: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums and a count over all ranks; gradients flow to every rank's own part."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return sums, count
+    both = torch.distributed.nn.functional.all_reduce(torch.cat([sums, count]))
+    return both[:-1], both[-1:]
+
+
+def mlp(sizes: Sequence[int], dropout: float = 0.0, batch_norm: bool = False) -> nn.Sequential:
+    """Linear layers, each followed by batch norm where asked, ReLU and dropout."""
     layers: list[nn.Module] = []
     for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True):
         linear = nn.Linear(n_in, n_out)
         nn.init.xavier_uniform_(linear.weight)
         nn.init.zeros_(linear.bias)
-        layers += [linear, nn.ReLU()]
+        layers.append(linear)
+        if batch_norm:
+            layers.append(BatchNorm(n_out))
+        layers.append(nn.ReLU())
         if dropout:
             layers.append(nn.Dropout(dropout))
     return nn.Sequential(*layers)

@@ -1,0 +1,105 @@
+"""Bytes: what the machine has, what a plan's tables will take, and what a rank really holds.
+
+The estimate counts a table's weights and its optimizer's state, shard by shard; activations, the dense part, caches and
+the runtime are left out, and `measured_memory` shows them in the peaks it stands beside.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from trainer.data.transform import TableInfo
+from trainer.errors import ConfigError
+
+WEIGHT_BYTES = 4  # fp32
+# state bytes of a shard of (rows, dim) under each table optimizer; FBGEMM keeps states in fp32
+STATE_BYTES = {
+    "sgd": lambda rows, dim: 0,  # noqa: ARG005
+    "rowwise_adagrad": lambda rows, dim: 4 * rows,  # noqa: ARG005
+    "adagrad": lambda rows, dim: 4 * rows * dim,
+    "adam": lambda rows, dim: 8 * rows * dim,
+    "partial_rowwise_adam": lambda rows, dim: 4 * rows * dim + 4 * rows,
+}
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def machine_memory_bytes() -> int:
+    """Memory this process may use: the machine's, or its container's limit where that is less."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([physical, *(limit for path in CGROUP_LIMITS if (limit := cgroup_limit(Path(path))) is not None)])
+
+
+def cgroup_limit(path: Path) -> int | None:
+    """Bytes that a control group's file allows; None where there is no such file or no limit."""
+    try:
+        word = path.read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return int(word) if word.isdigit() and int(word) > 0 else None
+
+
+def state_bytes(optimizer: str, rows: int, dim: int) -> int:
+    """Optimizer state of a shard of (rows, dim). Raises: ConfigError for an optimizer it does not know."""
+    if optimizer not in STATE_BYTES:
+        raise ConfigError(
+            f"table_optimizer {optimizer}: its state's size is unknown: use one of {', '.join(STATE_BYTES)}"
+        )
+    return STATE_BYTES[optimizer](rows, dim)
+
+
+def plan_memory(
+    described: Mapping[str, Mapping[str, Any]], tables: Mapping[str, TableInfo], optimizer: str, world_size: int
+) -> list[dict[str, int]]:
+    """Bytes of each rank's tables under a plan, as `describe_plan` gives it.
+
+    Each rank has weight_bytes (fp32), optimizer_bytes (fused state; for data_parallel tables, which the dense AdamW
+    trains, its two moments) and gradient_bytes (data_parallel only: a fused table's gradient never exists whole).
+    A data_parallel table is on every rank. Not counted: activations, UVM caches, the dense part.
+    """
+    ranks = [{"rank": r, "weight_bytes": 0, "optimizer_bytes": 0, "gradient_bytes": 0} for r in range(world_size)]
+    for name, how in described.items():
+        for shard in how["shards"]:
+            rows, dim = shard["sizes"]
+            held = ranks[shard["rank"]]
+            held["weight_bytes"] += rows * dim * WEIGHT_BYTES
+            held["optimizer_bytes"] += state_bytes(optimizer, rows, dim)
+        if how["sharding_type"] == "data_parallel":
+            table = tables[name]
+            for held in ranks:
+                held["weight_bytes"] += table.fp32_bytes
+                held["optimizer_bytes"] += state_bytes("adam", table.num_embeddings, table.embedding_dim)
+                held["gradient_bytes"] += table.fp32_bytes
+    return ranks
+
+
+def measured_memory(model: DistributedModelParallel) -> dict[str, int | None]:
+    """What this rank really holds, to stand beside the estimate after a run.
+
+    table_bytes: weights and fused optimizer state of the tables (the state that data_parallel tables have in the dense
+    optimizer is not in it). peak_rss_bytes: of the process so far. cuda_peak_bytes: None without CUDA.
+    """
+    held = [value for key, value in model.state_dict().items() if "embedding_bags." in key]
+    for slots in model.fused_optimizer.state_dict()["state"].values():
+        held += slots.values()
+    local = [part for value in held for part in _local(value)]
+    cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return {
+        "table_bytes": sum(part.numel() * part.element_size() for part in local),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts kilobytes
+        "cuda_peak_bytes": cuda,
+    }
+
+
+def _local(value: Any) -> list[Tensor]:
+    if isinstance(value, ShardedTensor):
+        return [shard.tensor for shard in value.local_shards()]
+    return [value] if isinstance(value, Tensor) else []
