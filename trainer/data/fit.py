@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pyarrow as pa
 
-from trainer.data.schema import DataConfig, MultiFeature, NumericFeature, SequenceFeature, TableOptions
+from trainer.data.schema import DataConfig, MultiFeature, NumericFeature, SequenceFeature, TableOptions, encodings
 from trainer.data.transform import (
     RESERVED_ROWS,
     IdMap,
@@ -170,10 +170,10 @@ def extend_transform(old: Transform, stats: FitStats, data: DataConfig, default_
     """An older transform that knows the ids of new training rows too.
 
     Numbers, buckets, hash sizes and the rows of known ids stay as they are. Ids that are new, and seen `min_count`
-    times in the new rows, are appended to their vocabularies in the order of their hashes.
+    times in the new rows, are appended to their vocabularies in the order of their hashes. Dims may be others.
     Raises: DataError naming the first feature that differs from the older transform's.
     """
-    check_extends(old, data, default_dim)
+    check_extends(old, data)
     tables, id_maps = dict(old.tables), dict(old.id_maps)
     for name, table in old.tables.items():
         if table.kind != "vocabulary":
@@ -186,19 +186,20 @@ def extend_transform(old: Transform, stats: FitStats, data: DataConfig, default_
         new = np.setdiff1d(frequent, known, assume_unique=True)
         id_maps[name] = IdMap.of_rows(np.concatenate([known, np.sort(new)]))
         tables[name] = replace(table, num_embeddings=id_maps[name].size + RESERVED_ROWS)
-    return Transform(data, tables, id_maps, old.numerics, (*old.lineage, old.fingerprint()))
+    lineage = (*old.lineage, old.fingerprint())
+    return Transform(data, tables, id_maps, old.numerics, lineage).with_dims(data.features, default_dim)
 
 
-def check_extends(old: Transform, data: DataConfig, default_dim: int) -> None:
-    """Raises: DataError naming the first feature or embedding_dim that differs from an older transform's."""
-    before = {f.name: f for f in old.schema.features}
-    now = {f.name: f for f in data.features}
+def check_extends(old: Transform, data: DataConfig) -> None:
+    """Raises: DataError naming the first feature that is encoded otherwise than in an older transform."""
+    before = {f["name"]: f for f in encodings(old.schema.features)}
+    now = {f["name"]: f for f in encodings(data.features)}
     start = "leave out --continue-from, or restore the config"
     for name in [*before, *now]:
         if name not in now or name not in before:
             where = "not in the config" if name in before else "not in the data to continue from"
             raise DataError(f"feature {name!r}: {where}: features must stay the same: {start}")
-        was, wanted = before[name].model_dump(), now[name].model_dump()
+        was, wanted = before[name], now[name]
         changed = next((k for k in {**was, **wanted} if was.get(k) != wanted.get(k)), None)
         if changed is not None:
             raise DataError(
@@ -207,14 +208,6 @@ def check_extends(old: Transform, data: DataConfig, default_dim: int) -> None:
             )
     if list(before) != list(now):
         raise DataError(f"features: their order differs from that of the data to continue from: {start}")
-    for feature in data.sparse_features:
-        table = old.tables[feature.table_name]
-        dim = feature.dim or default_dim
-        if table.name == feature.name and table.embedding_dim != dim:
-            raise DataError(
-                f"table {table.name!r}: embedding_dim {dim}, the data to continue from has {table.embedding_dim}: "
-                f"{start}"
-            )
 
 
 def _fit_number(stats: NumberStats, feature: NumericFeature) -> NumericStats:

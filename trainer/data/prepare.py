@@ -233,7 +233,7 @@ def prepare(run: RunConfig, out: Path, progress: ReportProgress, continue_from: 
     data, dim = run.data, run.model.embedding_dim
     old = None if continue_from is None else load_transform(Path(continue_from).absolute())
     if old is not None:
-        check_extends(old, data, dim)
+        check_extends(old, data)
     started = time.monotonic()
     with new_directory(Path(out)) as staging:
         fragments = fragments_of(_as_parquet(find_files(data), data, staging, progress), data)
