@@ -28,6 +28,7 @@ from trainer.data.transform import (
 from trainer.errors import DataError
 
 QUANTILE_SAMPLE = 1_000_000  # values that quantiles are taken from at most; exact below that
+HELD_PARTS = 16  # id counts of a table that are held before they are summed, at most
 
 
 @dataclass
@@ -82,7 +83,8 @@ class FitStats:
         for name, parts in other.ids.items():
             held = self.ids.setdefault(name, [])
             held += parts
-            if len(held) > 16:
+            # the sum comes first: parts are added to it before they outgrow it
+            if len(held) > HELD_PARTS or sum(len(k) for k, _ in held[1:]) > len(held[0][0]):
                 self.ids[name] = [sum_counts(held)]
         for name, stats in other.numbers.items():
             self.numbers.setdefault(name, NumberStats()).merge(stats)
