@@ -24,9 +24,9 @@ from trainer.config import (
     TrainConfig,
     Workers,
 )
-from trainer.data.schema import CategoricalFeature, DataConfig, Ids, MultiFeature, NumericFeature, Split, Task
+from trainer.data.schema import CategoricalFeature, Clean, DataConfig, Ids, MultiFeature, NumericFeature, Split, Task
 
-SECTIONS = [RunConfig, DataConfig, Split, Ids, Task, CategoricalFeature, MultiFeature, NumericFeature]
+SECTIONS = [RunConfig, DataConfig, Split, Clean, Ids, Task, CategoricalFeature, MultiFeature, NumericFeature]
 SECTIONS += [
     ModelConfig,
     TrainConfig,

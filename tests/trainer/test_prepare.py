@@ -10,9 +10,11 @@ import pytest
 from trainer_builders import data_of, fitted, make_run, prepare_here, random_log, whole
 
 from trainer.data import prepare
-from trainer.data.dataset import LABELS, SPLITS, sparse_column
+from trainer.data.clean import read_labels
+from trainer.data.dataset import LABELS, SPLITS
+from trainer.data.encoded import SPARSE
 from trainer.data.log import Fragment, find_files, fragments_of
-from trainer.data.prepare import Splitter, check_splits, read_labels, timestamps
+from trainer.data.prepare import Splitter, check_splits, timestamps
 from trainer.data.reader import read_split
 from trainer.data.transform import OOV_ROW
 from trainer.errors import DataError
@@ -47,7 +49,7 @@ def test_split_by_time_cuts_at_the_fractions(tmp_path):
         pq.write_table(pa.table({"any": times % 3, "label": times % 2, "time": times}), tmp_path / f"{name}.parquet")
     data = data_of(ANY, input=str(tmp_path / "*.parquet"), split={"by": "timestamp"}, timestamp="time")
     fragments = fragments_of(find_files(data), data)
-    observed = [prepare._observe_times(f, data) for f in fragments]
+    observed = [timestamps(f.read(["time"]), data) for f in fragments]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "_map", lambda function, items, what, progress: [function(i) for i in items])
         splitter = prepare._fit_splitter(fragments, data, lambda *a: None)
@@ -249,11 +251,8 @@ def test_fragment_is_written_split_by_split(tmp_path):
     kept = np.delete(np.arange(60), 3)
     table = pq.read_table(tmp_path / "train" / "part-00007.parquet")
     encoded = transform.encode(log.take(pa.array(kept)))
-    assert table[sparse_column("item")].to_pylist() == encoded.sparse["item"].values.tolist()
-    assert (
-        table[sparse_column("history")].combine_chunks().flatten().to_pylist()
-        == encoded.sparse["history"].values.tolist()
-    )
+    assert table[f"{SPARSE}item"].to_pylist() == encoded.sparse["item"].values.tolist()
+    assert table[f"{SPARSE}history"].combine_chunks().flatten().to_pylist() == encoded.sparse["history"].values.tolist()
     assert [x[0] for x in table[LABELS].to_pylist()] == [labels[i] for i in kept]
     assert written.positives["train"].tolist() == [sum(labels[i] for i in kept)]
     assert written.unknown["train"]["item"] == int((encoded.sparse["item"].values == OOV_ROW).sum()) > 0
