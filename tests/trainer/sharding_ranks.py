@@ -15,9 +15,7 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torch.distributed.optim import _apply_optimizer_in_backward
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from trainer.checkpoint import training_state
 from trainer.config import RunConfig, ShardingConfig
@@ -26,11 +24,10 @@ from trainer.data.transform import Transform
 from trainer.errors import ConfigError
 from trainer.memory import measured_memory, plan_memory
 from trainer.models import build_ranker
-from trainer.optimizer import build_optimizer
+from trainer.optimizer import build_optimizer, fuse_table_optimizer
 from trainer.sharding import describe_plan, make_plan, sharders
-from trainer.step import predict, train_step
+from trainer.step import Loss, train_step
 
-OPTIMIZERS = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": torch.optim.Adagrad}
 CPU = torch.device("cpu")
 GLOBAL_ROWS = 16  # three ranks hold 5, 5 and 6
 
@@ -51,10 +48,11 @@ def initial(table: str, rows: int, dim: int) -> torch.Tensor:
 
 def train_under(world: World, sharding: ShardingConfig, optimizer_name: str, rank: int, world_size: int) -> dict:
     """All global steps but the last, which is predicted. Returns plan, estimate, measure, shards, logits."""
-    run, transform = world.run, world.transform
+    train = world.run.train.model_copy(update={"table_optimizer": optimizer_name, "table_lr": 0.05, "table_l2": 0.1})
+    run, transform = world.run.model_copy(update={"train": train}), world.transform
     torch.manual_seed(0)
     model = build_ranker(run.model, transform)
-    _apply_optimizer_in_backward(OPTIMIZERS[optimizer_name], model.embeddings.parameters(), {"lr": 0.05, "eps": 1e-8})
+    fuse_table_optimizer(model.embeddings, train)
     plan = make_plan(
         model,
         transform,
@@ -67,7 +65,7 @@ def train_under(world: World, sharding: ShardingConfig, optimizer_name: str, ran
     )
     described = describe_plan(plan)
     sharded = DistributedModelParallel(model, device=CPU, plan=plan, sharders=sharders(sharding.comms, CPU))
-    optimizer = build_optimizer(sharded, run.train)
+    optimizer = build_optimizer(sharded, train)
     state = training_state(sharded, optimizer)
     for name, table in transform.tables.items():
         whole = initial(name, table.num_embeddings, table.embedding_dim)
@@ -83,10 +81,13 @@ def train_under(world: World, sharding: ShardingConfig, optimizer_name: str, ran
     def slice_of(rows: pa.Table):
         first, last = GLOBAL_ROWS * rank // world_size, GLOBAL_ROWS * (rank + 1) // world_size
         labels = (np.arange(GLOBAL_ROWS) % 3 == 0).astype(np.float32)[first:last, None]
-        return to_batch(transform.encode(rows.slice(first, last - first)), labels)
+        return to_batch(transform.encode(rows.slice(first, last - first)), labels, rows=GLOBAL_ROWS)
 
     for rows in world.steps[:-1]:
-        train_step(sharded, optimizer, slice_of(rows), GLOBAL_ROWS, world_size, 0.1)
+        train_step(sharded, optimizer, Loss(run), slice_of(rows), world_size)
+    sharded.eval()
+    with torch.no_grad():
+        logits = sharded(slice_of(world.steps[-1]))[0].numpy()
     shards = []
     for name in transform.tables:
         value = training_state(sharded, optimizer)[f"tables/{name}/weight"]
@@ -100,7 +101,7 @@ def train_under(world: World, sharding: ShardingConfig, optimizer_name: str, ran
         "estimate": plan_memory(described, transform.tables, optimizer_name, world_size)[rank],
         "measured": measured_memory(sharded),
         "shards": shards,
-        "logits": predict(sharded, [(slice_of(world.steps[-1]), GLOBAL_ROWS)], CPU)[1],
+        "logits": logits,
     }
 
 

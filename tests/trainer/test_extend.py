@@ -27,7 +27,7 @@ def extended(old: Transform, raw: pa.Table, data: DataConfig = DATA) -> Transfor
 
 
 def rows(transform: Transform, *ids: str | None) -> list[int]:
-    return transform.encode_sparse("any", pa.array(ids, pa.string())).values.tolist()
+    return transform.encode_sparse("any", pa.table({"any": pa.array(ids, pa.string())})).values.tolist()
 
 
 OLD = fitted(table("a", "b", "c", "d", "e"), DATA)

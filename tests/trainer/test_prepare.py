@@ -10,7 +10,7 @@ import pytest
 from trainer_builders import data_of, fitted, make_run, prepare_here, random_log, whole
 
 from trainer.data import prepare
-from trainer.data.dataset import LABELS, SPLITS, sparse_column
+from trainer.data.dataset import LABELS, SPLITS
 from trainer.data.log import Fragment, find_files, fragments_of
 from trainer.data.prepare import Splitter, check_splits, read_labels, timestamps
 from trainer.data.reader import read_split
@@ -249,11 +249,8 @@ def test_fragment_is_written_split_by_split(tmp_path):
     kept = np.delete(np.arange(60), 3)
     table = pq.read_table(tmp_path / "train" / "part-00007.parquet")
     encoded = transform.encode(log.take(pa.array(kept)))
-    assert table[sparse_column("item")].to_pylist() == encoded.sparse["item"].values.tolist()
-    assert (
-        table[sparse_column("history")].combine_chunks().flatten().to_pylist()
-        == encoded.sparse["history"].values.tolist()
-    )
+    assert table["sparse.item"].to_pylist() == encoded.sparse["item"].values.tolist()
+    assert table["sparse.history"].combine_chunks().flatten().to_pylist() == encoded.sparse["history"].values.tolist()
     assert [x[0] for x in table[LABELS].to_pylist()] == [labels[i] for i in kept]
     assert written.positives["train"].tolist() == [sum(labels[i] for i in kept)]
     assert written.unknown["train"]["item"] == int((encoded.sparse["item"].values == OOV_ROW).sum()) > 0
