@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import BaseModel
@@ -24,9 +25,20 @@ from trainer.config import (
     TrainConfig,
     Workers,
 )
-from trainer.data.schema import CategoricalFeature, Clean, DataConfig, Ids, MultiFeature, NumericFeature, Split, Task
+from trainer.data.schema import (
+    CategoricalFeature,
+    Clean,
+    DataConfig,
+    Ids,
+    MultiFeature,
+    NumericFeature,
+    SequenceFeature,
+    Split,
+    Task,
+)
 
-SECTIONS = [RunConfig, DataConfig, Split, Clean, Ids, Task, CategoricalFeature, MultiFeature, NumericFeature]
+SECTIONS = [RunConfig, DataConfig, Split, Clean, Ids, Task, CategoricalFeature, MultiFeature, SequenceFeature]
+SECTIONS += [NumericFeature]
 SECTIONS += [
     ModelConfig,
     TrainConfig,
@@ -50,6 +62,34 @@ SECTIONS += [
 def test_config_docs_name_every_key(section: type[BaseModel]) -> None:
     words = set(re.findall(r"\w+", (Path(__file__).parents[2] / "docs" / "config.md").read_text(encoding="utf-8")))
     assert set(section.model_fields) <= words
+
+
+@pytest.mark.parametrize(
+    "section",
+    [Task, MultiFeature, SequenceFeature, ModelConfig, TrainConfig, Schedule, Distill, Stage],
+    ids=lambda s: s.__name__,
+)
+def test_config_docs_have_a_row_for_every_key(section: type[BaseModel]) -> None:
+    """A row of a table names the key in its first column; tasks have theirs within the row of `tasks`."""
+    text = (Path(__file__).parents[2] / "docs" / "config.md").read_text(encoding="utf-8")
+    keys = {k.strip() for line in text.splitlines() if line.startswith("|") for k in line.split("|")[1].split(",")}
+    if section is Task:
+        row = next(line for line in text.splitlines() if line.startswith("| tasks |"))
+        keys = set(re.findall(r"`(\w+)`", row))
+    assert set(section.model_fields) <= keys
+
+
+@pytest.mark.parametrize(
+    "field", ["arch", "kind", "pooling", "decay", "table_optimizer", "dense_optimizer", "precision"]
+)
+def test_config_docs_name_every_choice(field: str) -> None:
+    """Each word that a key takes is in its row."""
+    rows = (Path(__file__).parents[2] / "docs" / "config.md").read_text(encoding="utf-8").splitlines()
+    (row,) = [line for line in rows if line.startswith(f"| {field} |")]
+    kinds = [MultiFeature, SequenceFeature, CategoricalFeature, NumericFeature, ModelConfig, TrainConfig, Schedule]
+    words = [a for k in kinds if field in k.model_fields for a in get_args(k.model_fields[field].annotation)]
+    assert words
+    assert {w for w in words if not re.search(rf"\b{w}\b", row)} == set()
 
 
 def test_readme_is_short_and_names_the_docs() -> None:

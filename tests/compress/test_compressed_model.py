@@ -56,7 +56,7 @@ def test_fp32_model_scores_as_the_trained_module(world: World) -> None:
         torch.testing.assert_close(found[:, at : at + dim], pooled[name], rtol=1e-5, atol=1e-6)
         at += dim
     with torch.no_grad():
-        logits = ranker(batch.dense, batch.sparse)[0].numpy()
+        logits = ranker(batch)[0].numpy()
     np.testing.assert_allclose(world.fp32.logits(batch), logits, rtol=1e-4, atol=1e-5)
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from compress_builders import World, build_world, quiet
+from compress_builders import World, build_world, quiet, save_random_checkpoint
 
 from compress.artifact import Artifact, load_artifact
-from compress.compressor import check_belongs, compress, resolve, table_bytes
+from compress.compressor import compress, data_of, resolve, table_bytes
 from compress.config import CompressionPlan, TablePlan
 from compress.errors import PlanError
 from compress.lookup import table_offsets, table_view
@@ -156,13 +155,13 @@ def test_compress_refuses_data_of_another_fingerprint(world: World, stranger: Wo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_check_belongs_sees_any_fitted_number(world: World) -> None:
-    check_belongs(world.checkpoint, world.dataset)
+def test_data_of_a_checkpoint_sees_any_fitted_number(world: World) -> None:
+    data_of(world.checkpoint, world.dataset)
     transform = world.dataset.transform
     age = dataclasses.replace(transform.numerics["age"], mean=transform.numerics["age"].mean + 1e-9)
     changed = type(transform)(transform.schema, transform.tables, transform.id_maps, {**transform.numerics, "age": age})
     with pytest.raises(DataError, match=str(world.dataset.folder)):
-        check_belongs(world.checkpoint, dataclasses.replace(world.dataset, transform=changed))
+        data_of(world.checkpoint, dataclasses.replace(world.dataset, transform=changed))
 
 
 @pytest.mark.parametrize(
@@ -251,9 +250,7 @@ def test_compress_checkpoint_refuses_before_it_writes(world: World, stranger: Wo
 
 def test_compress_checkpoint_without_a_plan_takes_the_runs_own(world: World, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
-    shutil.copytree(world.checkpoint.folder, folder)
-    manifest = json.loads((folder / "checkpoint.json").read_text())
-    manifest["run"]["compress"] = {"default": {"bits": 16}}
-    (folder / "checkpoint.json").write_text(json.dumps(manifest))
+    run = world.run.model_copy(update={"compress": {"default": {"bits": 16}}})
+    save_random_checkpoint(run, world.dataset, folder, seed=1)
     compress_checkpoint(folder, world.dataset.folder, None, tmp_path / "a", "val", quiet)
     assert {t["bits"] for t in json.loads((tmp_path / "a" / "manifest.json").read_text())["tables"]} == {16}

@@ -17,17 +17,18 @@ from trainer.checkpoint import MANIFEST, Position, load_into, open_checkpoint, r
 from trainer.data.batch import to_batch
 from trainer.errors import CheckpointError, SlimrankError
 from trainer.files import sha256, write_json
-from trainer.step import train_step
+from trainer.step import Loss, train_step
 
 pytestmark = pytest.mark.filterwarnings(  # TorchRec 1.8 wraps the head in torch 2.13's DDP with its former argument
     "ignore:`broadcast_buffers` is deprecated:FutureWarning", "ignore:Please use DTensor instead:FutureWarning"
 )
 
 RUN = make_run()
+POSITION = Position(1, 2, 7, 9, 99, 0.9, 2, 0.1, 1, 2**64 - 3)
 HEADER = {
     "run": RUN.model_dump(mode="json"),
     "fingerprint": "abc",
-    "position": asdict(Position(epoch=1, batch=7, samples=99, best_ne=0.9, stale_evals=2)),
+    "position": asdict(POSITION),
     "metrics": {"ne": 0.9},
     "plan": {},
     "world_size": 1,
@@ -37,6 +38,9 @@ HEADER = {
 def batch_of(transform, seed: int):
     labels = np.random.default_rng(seed).integers(0, 2, (16, 1)).astype(np.float32)
     return to_batch(transform.encode(random_log(16, seed=seed)), labels)
+
+
+LOSS = Loss(make_run(train={"table_l2": 0.001}))
 
 
 def local(value) -> torch.Tensor:
@@ -53,9 +57,14 @@ def trained(group, tmp_path):
     transform = fitted(random_log(80), RUN.data)
     model, optimizer = shard(RUN, transform, seed=0)
     for seed in range(3):
-        train_step(model, optimizer, batch_of(transform, seed), 16, 1, 0.001)
+        train_step(model, optimizer, LOSS, batch_of(transform, seed), 1)
     save_checkpoint(tmp_path / "saved", training_state(model, optimizer), HEADER, 0, 1)
     return model, optimizer, tmp_path / "saved", transform
+
+
+def write_manifest(folder, manifest) -> None:
+    """A manifest as `save_checkpoint` would have written it, its digest included."""
+    write_json(folder / MANIFEST, {**manifest, "digest": checkpoint_module._digest(manifest)})
 
 
 def cut_tables(folder, out, axis: int, cuts: list[float], ranks: int = 3):
@@ -89,7 +98,7 @@ def cut_tables(folder, out, axis: int, cuts: list[float], ranks: int = 3):
     for rank, tensors in enumerate(owned):
         save_file(tensors, out / f"rank-{rank:05d}.safetensors")
     manifest["files"] = {p.name: sha256(p) for p in sorted(out.iterdir())}
-    write_json(out / MANIFEST, manifest)
+    write_manifest(out, manifest)
     return open_checkpoint(out)
 
 
@@ -115,7 +124,7 @@ def test_checkpoint_loads_into_a_fresh_model_bit_for_bit(trained):
 
     for seed in (7, 8):
         batch = batch_of(transform, seed)
-        losses = [train_step(m, o, batch, 16, 1, 0.001) for m, o in ((model, optimizer), (fresh, fresh_optimizer))]
+        losses = [train_step(m, o, LOSS, batch, 1) for m, o in ((model, optimizer), (fresh, fresh_optimizer))]
         assert torch.equal(*losses)
     after = snapshot(model, optimizer)
     assert not torch.equal(after["tables/user/weight"], saved["tables/user/weight"])
@@ -135,7 +144,7 @@ def test_checkpoint_holds_all_state_and_its_header(trained):
     for key, value in state.items():
         assert torch.equal(opened.read(key), value), key
     assert opened.run == RUN
-    assert opened.position == Position(1, 7, 99, 0.9, 2)
+    assert opened.position == POSITION
     assert (opened.fingerprint, opened.metrics) == ("abc", {"ne": 0.9})
     model.module.head.load_state_dict(opened.dense_state(), strict=True)
 
@@ -150,7 +159,7 @@ def test_checkpoint_before_the_first_step_has_the_same_tensors(trained, tmp_path
 def test_checkpoint_version_names_the_weights(trained, tmp_path):
     model, optimizer, folder, transform = trained
     save_checkpoint(tmp_path / "same", training_state(model, optimizer), HEADER | {"fingerprint": "x"}, 0, 1)
-    train_step(model, optimizer, batch_of(transform, 5), 16, 1, 0.001)
+    train_step(model, optimizer, LOSS, batch_of(transform, 5), 1)
     save_checkpoint(tmp_path / "later", training_state(model, optimizer), HEADER, 0, 1)
     versions = [open_checkpoint(p).version for p in (folder, tmp_path / "same", tmp_path / "later")]
     assert versions[0] == versions[1] != versions[2]
@@ -281,7 +290,7 @@ def test_folder_that_is_no_checkpoint_is_refused(tmp_path):
             open_checkpoint(path)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format_version": 1}', "7"])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format_version": 2}', "7"])
 def test_manifest_that_is_none_is_refused(tmp_path, content):
     (tmp_path / MANIFEST).write_text(content)
     with pytest.raises(CheckpointError, match=rf"{MANIFEST}: not a checkpoint manifest"):
@@ -307,7 +316,7 @@ def test_manifest_without_its_parts_is_refused(trained, key):
 def test_checkpoint_of_another_format_is_refused(trained):
     path = trained[2] / MANIFEST
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
-    with pytest.raises(CheckpointError, match="format 99, this version reads 1"):
+    with pytest.raises(CheckpointError, match="format 99, this version reads 2"):
         open_checkpoint(trained[2])
 
 

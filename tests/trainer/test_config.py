@@ -30,7 +30,7 @@ def test_run_dump_round_trips():
         (("speed",), 1, "speed: unknown key"),
         (("data", "inputs"), "x", "data.inputs: unknown key"),
         (("model", "archs"), "dcn", "model.archs: unknown key"),
-        (("model", "arch"), "wide", "model.arch: Input should be 'dlrm' or 'dcn' (got 'wide')"),
+        (("model", "arch"), "wide", "model.arch: Input should be 'dcn', 'deepfm', 'dlrm' or 'mmoe' (got 'wide')"),
         (("model", "embedding_dim"), 10, "model.embedding_dim: Input should be a multiple of 4 (got 10)"),
         (("train", "epochs"), 0, "train.epochs: Input should be greater than or equal to 1 (got 0)"),
         (("name",), "a b", "(got 'a b')"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -16,6 +17,9 @@ from trainer.config import MetricsConfig
 from trainer.errors import DataError
 from trainer.evaluation import ScoreBuffer, gather_to_rank0, metrics_over_ranks, score_rows
 from trainer.metrics import task_metrics
+
+if TYPE_CHECKING:
+    from trainer.data.batch import Batch
 
 TASKS = ["click", "buy"]
 CONFIG = MetricsConfig(k=(1, 5))
@@ -102,8 +106,8 @@ def test_labels_other_than_0_and_1_are_refused() -> None:
 class Sum(nn.Module):
     """Scores a row by the sum of its numbers, and doubles that in training."""
 
-    def forward(self, dense: torch.Tensor, sparse: object) -> tuple[torch.Tensor, None]:
-        return dense.sum(dim=1, keepdim=True) * (2 if self.training else 1), None
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, None]:
+        return batch.dense.sum(dim=1, keepdim=True) * (2 if self.training else 1), None
 
 
 def test_score_rows_scores_in_evaluation_mode_and_keeps_groups() -> None:
@@ -113,7 +117,7 @@ def test_score_rows_scores_in_evaluation_mode_and_keeps_groups() -> None:
     rng = np.random.default_rng(0)
     dense = rng.normal(size=(10, 3)).astype(np.float32)
     labels, groups = rng.integers(0, 2, (10, 1)).astype(np.float32), np.arange(10, dtype=np.uint64)
-    rows = Rows(Encoded({"item": Ragged(np.arange(10), None)}, dense), labels, groups)
+    rows = Rows(Encoded({"item": Ragged(np.arange(10), None)}, dense), labels, groups, np.arange(10))
     slices = [(rows.take(np.arange(a, b)), 10) for a, b in ((0, 4), (4, 10))]
     model = Sum().train()
     scores = score_rows(model, slices, torch.device("cpu"), ScoreBuffer(1, grouped=True)).scores()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -11,8 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from trainer_builders import data_of, fitted, make_run, random_log
 
 from trainer.config import ModelConfig
-from trainer.data.batch import to_batch
-from trainer.errors import ConfigError
+from trainer.data.batch import Batch, to_batch
 from trainer.models import build_head, build_ranker, head_shape, module_name, pooling_of
 from trainer.models.dcn import DCNHead
 from trainer.models.dlrm import DLRMHead
@@ -55,7 +56,7 @@ def test_ranker_gives_a_logit_for_each_row_and_task(arch, data):
     ranker, transform = make_ranker(arch, **data)
     encoded = transform.encode(random_log(20, seed=1))
     batch = to_batch(encoded)
-    logits, pooled = ranker(batch.dense, batch.sparse)
+    logits, pooled = ranker(batch)
     assert logits.shape == (20, len(data.get("tasks", [1])))
     torch.testing.assert_close(pooled, lookup(ranker, transform, encoded))
     assert len(torch.unique(logits[:, 0])) > 10, "rows are told apart"
@@ -66,7 +67,7 @@ def test_ranker_gives_a_logit_for_each_row_and_task(arch, data):
 def test_gradient_reaches_every_parameter(arch, data):
     ranker, transform = make_ranker(arch, **data)
     batch = to_batch(transform.encode(random_log(60, seed=1)))
-    logits, _ = ranker(batch.dense, batch.sparse)
+    logits, _ = ranker(batch)
     (logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
     without = [n for n, p in ranker.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert without == []
@@ -76,11 +77,11 @@ def test_gradient_reaches_every_parameter(arch, data):
 def test_logits_do_not_depend_on_the_order_of_keys(arch):
     ranker, transform = make_ranker(arch)
     batch = to_batch(transform.encode(random_log(20, seed=1)))
-    expected, _ = ranker(batch.dense, batch.sparse)
+    expected, _ = ranker(batch)
     order = [3, 0, 5, 2, 4, 1]
     shuffled = batch.sparse.permute(order)
     assert shuffled.keys() == [batch.sparse.keys()[i] for i in order]
-    torch.testing.assert_close(ranker(batch.dense, shuffled)[0], expected)
+    torch.testing.assert_close(ranker(replace(batch, sparse=shuffled))[0], expected)
 
 
 def test_shared_table_feeds_features_in_their_own_places():
@@ -96,9 +97,9 @@ def test_shared_table_feeds_features_in_their_own_places():
     ranker = build_ranker(ModelConfig(top_mlp=(4,)), transform, "cpu")
     encoded = transform.encode(raw)
     batch = to_batch(encoded)
-    pooled = ranker(batch.dense, batch.sparse)[1]
+    pooled = ranker(batch)[1]
     torch.testing.assert_close(pooled, lookup(ranker, transform, encoded))
-    assert head_shape(transform) == HeadShape(0, (4, 8, 4), 1)
+    assert head_shape(transform) == HeadShape(0, (4, 8, 4), 1, ("a", "b", "c"), (None,) * 3, (None,) * 3)
     torch.testing.assert_close(pooled[0, 12:], pooled[1, :4])  # c's "y" in row 0 is a's "y" in row 1
 
 
@@ -108,7 +109,7 @@ def test_embeddings_read_hand_made_jagged_ids():
     sparse = KeyedJaggedTensor(
         keys=["user", "tags"], values=torch.tensor([2, 3, 1, 2, 3, 0]), lengths=torch.tensor([1, 1, 1, 3])
     )
-    pooled = ranker(torch.zeros(2, 0), sparse)[1]
+    pooled = ranker(Batch(torch.zeros(2, 0), sparse))[1]
     expected = torch.stack(
         [
             torch.cat([weights["t_user"][2], weights["t_tags"][1]]),
@@ -174,13 +175,20 @@ def test_tables_start_within_their_bound():
         assert 0.005 < bag.weight.abs().max() <= 0.01
 
 
-def test_features_that_share_a_table_but_pool_differently_are_refused_as_the_config_is_read():
+def test_features_that_share_a_table_may_pool_differently():
+    """A lookup has one pooling a table, so the means become weighted sums."""
     features = [
-        {"name": "item", "kind": "multi", "pooling": "mean"},
+        {"name": "item", "kind": "multi", "pooling": "mean", "min_count": 1},
         {"name": "history", "kind": "multi", "pooling": "sum", "table": "item"},
     ]
-    with pytest.raises(ConfigError, match="features that share table 'item' must have one pooling, not mean and sum"):
-        make_run(features=features)
+    data = make_run(features=features).data
+    raw = pa.table({"item": [["a", "b"], ["c"], None], "history": [["c"], ["a", "b", "b"], ["a", "c"]]})
+    transform = fitted(raw, data)
+    ranker = build_ranker(ModelConfig(top_mlp=(4,)), transform, "cpu")
+    assert ranker.embeddings.is_weighted()
+    encoded = transform.encode(raw)
+    assert encoded.sparse["item"].weights is not None
+    torch.testing.assert_close(ranker(to_batch(encoded))[1], lookup(ranker, transform, encoded))
 
 
 @pytest.mark.parametrize("name", ["type", "items", "values", "half", "forward"])

@@ -3,66 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from trainer_builders import CPU, make_dataset, make_run, shard
+from trainer_builders import make_dataset, make_run
 
 from trainer import ray_train
-from trainer.checkpoint import Position, training_state
+from trainer.checkpoint import Checkpoint, Position, open_checkpoint, save_checkpoint
+from trainer.config import RunConfig
+from trainer.data.dataset import Dataset
 from trainer.data.schema import Split
 from trainer.errors import ConfigError, DataError, SlimrankError
-from trainer.models import build_ranker
-from trainer.ray_train import (
-    check_fits,
-    check_room,
-    evaluate_and_save,
-    init_tables,
-    raise_user_error,
-    start_at_base_rate,
-)
-
-shard_warnings = pytest.mark.filterwarnings(  # TorchRec 1.8 wraps the head in torch 2.13's DDP with its former argument
-    "ignore:`broadcast_buffers` is deprecated:FutureWarning", "ignore:Please use DTensor instead:FutureWarning"
-)
+from trainer.ray_train import check_continues, check_fits, check_resumes, check_room, raise_user_error
 
 
-class StandInWorker:
-    """A worker whose evaluations are given beforehand and whose reports are kept."""
-
-    rank = 0
-
-    def __init__(self, *nes: float) -> None:
-        self.nes = list(nes)
-        self.reported: list[Position] = []
-        self.lines: list[str] = []
-        self.teller = SimpleNamespace(tell=lambda state, line: self.lines.append(line))
-
-    def evaluate(self, split: str) -> dict[str, float]:
-        assert split == "val"
-        return {"ne": self.nes.pop(0), "auc": 0.7, "log_loss": 0.5, "calibration": 1.0}
-
-    def report(self, position: Position, metrics: dict[str, float]) -> None:
-        self.reported.append(position)
-
-
-def test_evaluation_remembers_the_best_and_counts_the_stale():
-    worker = StandInWorker(0.9, 0.8, 0.85, 0.8, 0.7)
-    position, seen = Position(batch=2), []
-    for _ in range(5):
-        position = evaluate_and_save(worker, position, batches=10)
-        seen.append((position.best_ne, position.stale_evals))
-    assert seen == [(0.9, 0), (0.8, 0), (0.8, 1), (0.8, 2), (0.7, 0)]
-    assert worker.reported[-1] == position
-    assert ["best" in line for line in worker.lines] == [True, True, False, False, True]
-
-
-def test_evaluation_at_the_end_of_an_epoch_stores_the_next_ones_start():
-    worker = StandInWorker(0.9)
-    position = evaluate_and_save(worker, Position(epoch=1, batch=10, samples=99), batches=10)
-    assert (position.epoch, position.batch) == (1, 10)
-    assert worker.reported == [Position(epoch=2, batch=0, samples=99, best_ne=0.9)]
+def saved(folder: Path, run: RunConfig, dataset: Dataset, **header: Any) -> Checkpoint:
+    """A checkpoint of a run with one tensor in it: what its header says is all that counts here."""
+    told = {
+        "run": run.model_dump(mode="json"),
+        "fingerprint": dataset.transform.fingerprint(),
+        "table_dims": run.table_dims(),
+        "position": asdict(Position()),
+        "metrics": {"ne": 0.9},
+    }
+    folder.parent.mkdir(exist_ok=True)
+    save_checkpoint(folder, {"dense/head.out.bias": torch.zeros(1)}, told | header, 0, 1)
+    return open_checkpoint(folder)
 
 
 def test_run_fits_the_data_it_was_prepared_with(tmp_path):
@@ -110,34 +79,46 @@ def test_errors_survive_the_way_between_processes():
         assert str(again) == "x: y"
 
 
-def test_head_starts_at_the_base_rate(tmp_path):
-    dataset = make_dataset(tmp_path, 30)
-    model = build_ranker(make_run().model, dataset.transform)
-    start_at_base_rate(model, dataset)
-    rate = dataset.positives["train"][0] / 30
-    assert 0 < rate < 1
-    torch.testing.assert_close(torch.sigmoid(model.head.out.bias.detach()), torch.tensor([rate]))
+def test_resuming_needs_no_folder_yet(tmp_path):
+    dataset = make_dataset(tmp_path / "data", 20)
+    check_resumes(make_run(), dataset, tmp_path / "none")
 
 
-@shard_warnings
-@pytest.mark.usefixtures("group")
-def test_tables_start_from_the_runs_seed_alone(tmp_path):
-    dataset = make_dataset(tmp_path / "data", 40)
-    starts = []
-    for run_seed, model_seed in [(1, 0), (1, 5), (2, 0)]:
-        run = make_run(train={"seed": run_seed}, model={"table_init": 0.03})
-        model, optimizer = shard(run, dataset.transform, seed=model_seed)
-        init_tables(ray_train.Worker(run, dataset, model, optimizer, CPU, 0, 1, {}, None))
-        state = training_state(model, optimizer)
-        starts.append(
-            {t: state[f"tables/{t}/weight"].local_shards()[0].tensor.clone() for t in dataset.transform.tables}
-        )
-    for table in dataset.transform.tables:
-        assert torch.equal(starts[0][table], starts[1][table])
-        assert not torch.equal(starts[0][table], starts[2][table])
-        assert 0.02 < starts[0][table].abs().max() <= 0.03
-    assert not torch.equal(starts[0]["user"][:5], starts[0]["hashed"][:5]), "each table its own numbers"
+@pytest.mark.parametrize(
+    ("model", "train", "says"),
+    [
+        ({"arch": "dlrm"}, {}, r"trained with model\.arch dcn, the config says dlrm"),
+        ({}, {"table_optimizer": "adagrad"}, r"train\.table_optimizer rowwise_adagrad, the config says adagrad"),
+        ({}, {"dense_optimizer": "sgd"}, r"train\.dense_optimizer adamw, the config says sgd"),
+        ({}, {"stages": [{"epochs": 1}]}, r"train\.stages \(\), the config says"),
+    ],
+)
+def test_resuming_another_run_is_refused(tmp_path, model, train, says):
+    dataset = make_dataset(tmp_path / "data", 20)
+    saved(tmp_path / "run" / "step-000000000010", make_run(), dataset)
+    check_resumes(make_run(train={"epochs": 7}), dataset, tmp_path / "run")
+    with pytest.raises(ConfigError, match=says):
+        check_resumes(make_run(model=model, train=train), dataset, tmp_path / "run")
 
 
-def test_position_is_a_plain_value():
-    assert Position(**asdict(Position(1, 2, 3, 0.5, 4))) == Position(1, 2, 3, 0.5, 4)
+def test_resuming_on_other_data_is_refused(tmp_path):
+    dataset = make_dataset(tmp_path / "data", 20)
+    other = make_dataset(tmp_path / "other", 30)
+    saved(tmp_path / "run" / "step-000000000010", make_run(), other)
+    with pytest.raises(DataError, match="not the prepared data that"):
+        check_resumes(make_run(), dataset, tmp_path / "run")
+
+
+def test_continuing_needs_the_same_model_and_known_data(tmp_path):
+    dataset = make_dataset(tmp_path / "data", 20)
+    checkpoint = saved(tmp_path / "one", make_run(), dataset)
+    check_continues(make_run(train={"epochs": 2}), dataset, checkpoint)
+    with pytest.raises(ConfigError, match="of another model than the config's"):
+        check_continues(make_run(model={"embedding_dim": 16}), dataset, checkpoint)
+    with pytest.raises(ConfigError, match=r"holds the state of train\.table_optimizer rowwise_adagrad"):
+        check_continues(make_run(train={"table_optimizer": "sgd"}), dataset, checkpoint)
+    early = saved(tmp_path / "early", make_run(), dataset, table_dims={"user": 4})
+    with pytest.raises(ConfigError, match="of an earlier training stage"):
+        check_continues(make_run(), dataset, early)
+    with pytest.raises(DataError, match=r"prepare the new data with --continue-from"):
+        check_continues(make_run(), make_dataset(tmp_path / "other", 30), checkpoint)

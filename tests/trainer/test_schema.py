@@ -31,7 +31,7 @@ def refused(tmp_path, **data) -> str:
     [
         (
             [CAT | {"kind": "dense"}],
-            "data.features.0: kind 'dense' is unknown: use one of 'categorical', 'multi', 'numeric'",
+            "data.features.0: kind 'dense' is unknown: use one of 'categorical', 'multi', 'sequence', 'numeric'",
         ),
         ([{"name": "a"}], "data.features.0: kind is missing"),
         ([CAT | {"sizes": 3}], "data.features.0.categorical.sizes: unknown key"),

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
@@ -153,18 +154,39 @@ def make_dataset(folder: Path, train_rows: int, files: int = 2, row_group_rows: 
     return prepare_here(folder / "prepared", run, row_group_rows=row_group_rows)
 
 
-def shard(run: RunConfig, transform: Transform, seed: int) -> tuple[DistributedModelParallel, CombinedOptimizer]:
-    """The sharded model and its optimizer on this process, as a training worker builds them; needs a process group."""
+def shard(
+    run: RunConfig, transform: Transform, seed: int, *, fuse: bool = True
+) -> tuple[DistributedModelParallel, CombinedOptimizer]:
+    """The sharded model and its optimizer on this process, as a training worker builds them; needs a process group.
+
+    Without `fuse`, no table optimizer is applied, as where a caller forgot to.
+    """
     torch.manual_seed(seed)
     model = build_ranker(run.model, transform)
-    fuse_table_optimizer(model.embeddings, run.train)
-    plan = make_plan(model, transform, CPU, world_size=1, local_world_size=1, batch_size=16)
+    if fuse:
+        fuse_table_optimizer(model.embeddings, run.train)
+    plan = make_plan(
+        model,
+        transform,
+        CPU,
+        world_size=1,
+        local_world_size=1,
+        batch_size=16,
+        sharding=run.train.sharding,
+        table_optimizer=run.train.table_optimizer,
+    )
     sharded = DistributedModelParallel(model, device=CPU, plan=plan, sharders=sharders())
     optimizer = build_optimizer(sharded, run.train)
     init_optimizer_state(optimizer)
     generator = torch.Generator().manual_seed(seed)
     for key, value in training_state(sharded, optimizer).items():
         if key.endswith("/weight") and key.startswith("tables/"):
-            for part in value.local_shards():
-                part.tensor.uniform_(-0.5, 0.5, generator=generator)
+            with torch.no_grad():
+                for tensor in local_tensors(value):
+                    tensor.uniform_(-0.5, 0.5, generator=generator)
     return sharded, optimizer
+
+
+def local_tensors(value: torch.Tensor | ShardedTensor) -> list[torch.Tensor]:
+    """Live storage of what this rank holds of a tensor of the training state."""
+    return [s.tensor for s in value.local_shards()] if isinstance(value, ShardedTensor) else [value]
