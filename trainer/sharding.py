@@ -237,6 +237,8 @@ def _checked(
             f"another model on each number of workers: use table_optimizer adagrad, or type table_wise or row_wise"
         )
     width = column_width(table.embedding_dim, asked.min_partition, world_size)
+    if width is None and not named:
+        return asked.model_copy(update={"type": "table_wise"})
     if width is None:
         least = f", {asked.min_partition} (min_partition) at least" if asked.min_partition else ""
         raise ConfigError(

@@ -67,7 +67,7 @@ def train_under(
     )
     described = describe_plan(plan)
     sharded = DistributedModelParallel(model, device=CPU, plan=plan, sharders=sharders(sharding.comms, CPU))
-    optimizer = build_optimizer(sharded, train)
+    optimizer = build_optimizer(sharded, run.train)
     state = training_state(sharded, optimizer)
     for name, table in transform.tables.items():
         whole = initial(name, table.num_embeddings, table.embedding_dim)

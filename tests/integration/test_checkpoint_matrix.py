@@ -6,16 +6,22 @@ Adagrad under column-wise sharding keeps one state a column shard, which makes i
 
 from __future__ import annotations
 
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "trainer")]
+
 from matrix_ranks import OPTIMIZERS, TYPES, WORLDS, cases, on_rank
 from trainer_builders import make_dataset, make_run
 
 from trainer.checkpoint import open_checkpoint
 
+DEADLINE_S = 180
 SAME_STEP = 2e-6  # a step's sums run in another order on another number of workers
 
 
@@ -30,9 +36,15 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, lis
         )
         for world_size in WORLDS
     ]
-    for context in contexts:
-        while not context.join():
-            pass
+    deadline = time.monotonic() + DEADLINE_S
+    waiting = list(contexts)
+    try:
+        while waiting:  # join raises what a rank raised
+            waiting = [context for context in waiting if not context.join(timeout=0.2)]
+            assert time.monotonic() < deadline, "ranks hang"
+    finally:
+        for process in (p for context in contexts for p in context.processes):
+            process.kill()
     merged: dict[str, list[str]] = {}
     for path in folder.glob("found-*.pt"):
         for name, wrong in torch.load(path).items():
