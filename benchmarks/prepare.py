@@ -1,7 +1,7 @@
 """How fast `data prepare` reads a log, and what it holds in memory: python benchmarks/prepare.py --rows 1000000.
 
 Writes a synthetic log (13 numbers, 26 ids), prepares it with a local Ray, and prints one JSON object: rows a second,
-and the peak resident bytes of the driver and of a worker, shared memory left out, sampled from /proc every 0.1 s. A log
+and the peak anonymous resident bytes of the driver and of a worker, sampled from /proc every 0.1 s. A log
 ten times as long should leave the peaks nearly where they are: what may grow is the vocabularies.
 """
 
@@ -98,7 +98,7 @@ def measure(folder: Path, log: Path, rows: int, clean: bool, cpus: int) -> dict[
 
 
 class Watch:
-    """Peak resident bytes, shared memory left out, of this process and of the Ray workers below it."""
+    """Peak anonymous resident bytes of this process and of the Ray workers below it."""
 
     def __init__(self) -> None:
         self.first = self.driver = resident_bytes(os.getpid())
@@ -125,13 +125,13 @@ class Watch:
 
 
 def resident_bytes(pid: int) -> int:
-    """Resident bytes of a process without its shared memory; 0 when it has gone."""
+    """Anonymous resident bytes of a process: neither libraries nor Ray's mapped store; 0 when it has gone."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return 0
     sizes = {k: int(v.split()[0]) * 1024 for k, v in (line.split(":", 1) for line in lines) if v.strip().endswith("kB")}
-    return sizes.get("VmRSS", 0) - sizes.get("RssShmem", 0)
+    return sizes.get("RssAnon", 0)
 
 
 def ray_workers(root: int) -> list[int]:

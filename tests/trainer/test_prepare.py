@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -262,6 +264,18 @@ def test_fragment_is_written_split_by_split(tmp_path):
     np.testing.assert_array_equal(counts, np.unique(both, return_counts=True)[1])
     sample = log.drop_columns(["time"]).take(pa.array([i for i in range(60, 80) if i != 65]))
     assert written.sample.to_pylist() == sample.to_pylist()
+
+
+def test_what_a_fragment_gives_back_is_small(tmp_path):
+    log = random_log(6000, split=["train"] * 1000 + ["val"] * 5000)
+    pq.write_table(log, tmp_path / "log.parquet")
+    data = make_run(split={"column": "split"}).data
+    for split in SPLITS:
+        (tmp_path / split).mkdir()
+    fragment = Fragment(0, str(tmp_path / "log.parquet"), (0,), 0, 6000)
+    written = prepare._write_rows(fragment, Splitter(data), fitted(random_log(12, seed=5), data), tmp_path)
+    assert len(written.sample) == prepare.SAMPLE_ROWS
+    assert len(pickle.dumps(written)) < 0.2 * log.nbytes, "the sample does not bring the rows it was cut from"
 
 
 def test_fragment_without_rows_of_a_split_writes_no_file_for_it(tmp_path):

@@ -170,7 +170,8 @@ def _write_rows(fragment: Fragment, splitter: Splitter, transform: Transform, fo
                 table_name = transform.sparse[name].table_name
                 written.lookups.setdefault(table_name, []).append(np.unique(ragged.values, return_counts=True))
         if split == "val":
-            written.sample = rows.slice(0, SAMPLE_ROWS)
+            # taken, not sliced: a slice would travel with all the rows that it was cut from
+            written.sample = rows.take(pa.array(np.arange(min(SAMPLE_ROWS, len(rows)))))
     written.lookups = {k: [sum_counts(v)] for k, v in written.lookups.items()}
     return written
 
