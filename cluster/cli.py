@@ -221,6 +221,28 @@ def train(
         emit({}, False, metric_lines(result["test"], "test"))
 
 
+@main.group(cls=Group)
+def checkpoint() -> None:
+    """Look into checkpoints."""
+
+
+@checkpoint.command("show")
+@click.argument("folder", metavar="DIR", type=FOLDER)
+@click.option("--verify/--no-verify", default=True, show_default=True, help="Read every file and compare checksums.")
+@common
+def checkpoint_show(folder: Path, verify: bool, as_json: bool, address: str | None, debug: bool) -> None:  # noqa: ARG001
+    """What a checkpoint (or a training run's best one) holds."""
+    from cluster.session import quiet
+    from cluster.tables import checkpoint_table
+    from trainer.checkpoint import open_checkpoint
+
+    if not debug:
+        quiet()
+    result = open_checkpoint(folder, verify=verify).describe()
+    result["verified"] = verify
+    emit(result, as_json, checkpoint_table(result))
+
+
 @main.command()
 @click.option("--model", type=FOLDER, required=True, help="A checkpoint (or a training run's folder), or an artifact.")
 @click.option("--data", "data_dir", type=FOLDER, required=True, help="What 'data prepare' wrote.")

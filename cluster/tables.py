@@ -54,6 +54,29 @@ def front_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def checkpoint_table(result: dict[str, Any]) -> list[str]:
+    """What is inside a checkpoint."""
+    rows = [
+        [name, f"{t['num_embeddings']:,}", str(t["embedding_dim"]), size(t["bytes"]), str(t["sharding_type"])]
+        for name, t in result["tables"].items()
+    ]
+    lines = render(f"{result['name']}, version {result['version']}", ["table", "rows", "dim", "bytes", "placed"], rows)
+    at = result["position"]
+    metrics = result["metrics"]
+    by_task = {"": metrics} if "ne" in metrics else {f"{task} ": m for task, m in metrics.items()}
+    quality = "  ".join(f"{task}NE {m['ne']:.5f} AUC {m['auc']:.5f}" for task, m in by_task.items())
+    lines += [
+        f"{result['arch']}, {result['dense_parameters']:,} dense parameters ({result['dense_optimizer']}, "
+        f"{result['precision']}); tables by {result['table_optimizer']}",
+        f"after {at['samples']:,} samples: stage {at['stage']}, epoch {at['epoch']}, batch {at['batch']}; "
+        f"written by {result['world_size']} worker(s)",
+        f"validation: {quality}",
+        f"{size(result['bytes'])} in {len(result['files'])} files, "
+        + ("checksums verified" if result["verified"] else "checksums not looked at"),
+    ]
+    return lines
+
+
 def ranked_table(result: dict[str, Any]) -> list[str]:
     """An answer: rank, score, title or id."""
     rows = [[str(item.get("title") or item["id"]), str(item["id"]), f"{item['score']:.4f}"] for item in result["items"]]

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +324,43 @@ class Checkpoint:
         """The head's state dict."""
         prefix = "dense/head."
         return {key.removeprefix(prefix): self.read(key) for key in self.keys(prefix)}
+
+    def describe(self) -> dict[str, Any]:
+        """What is inside, as JSON values: where training stood, each table, its plan, sizes and metrics."""
+        tensors, plan = self.manifest["tensors"], self.manifest["plan"]
+        names = dict.fromkeys(key.split("/")[1] for key in self.keys("tables/"))
+        tables = {}
+        for name in names:
+            keys = self.keys(f"tables/{name}/")
+            rows, dim = self.shape(f"tables/{name}/weight")
+            tables[name] = {
+                "num_embeddings": rows,
+                "embedding_dim": dim,
+                "bytes": sum(math.prod(self.shape(key)) * 4 for key in keys),
+                "state": sorted(key.split("/")[2] for key in keys if not key.endswith("/weight")),
+                "sharding_type": plan.get(name, {}).get("sharding_type"),
+                "parts": len(tensors[f"tables/{name}/weight"]["parts"]),
+            }
+        head = {key: list(self.shape(key)) for key in self.keys("dense/")}
+        train = self.run.train
+        return {
+            "checkpoint": str(self.folder),
+            "version": self.version,
+            "name": self.run.name,
+            "arch": self.run.model.arch,
+            "position": asdict(self.position),
+            "metrics": self.metrics,
+            "fingerprint": self.fingerprint,
+            "continues": self.manifest.get("continues"),
+            "world_size": self.manifest["world_size"],
+            "table_optimizer": train.table_optimizer,
+            "dense_optimizer": train.dense_optimizer,
+            "precision": self.manifest["precision"],
+            "tables": tables,
+            "dense_parameters": sum(math.prod(shape) for shape in head.values()),
+            "bytes": sum((self.folder / name).stat().st_size for name in self.manifest["files"]),
+            "files": self.manifest["files"],
+        }
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Raises: CheckpointError naming the first file that is absent or differs from what was written.

@@ -1,28 +1,21 @@
-"""A larger teacher's log-odds, computed once by a batch job and stored beside the prepared data.
+"""A larger teacher's log-odds of the training rows, stored beside them: what one task of the batch job does.
 
     DATA/teacher/VERSION/train/part-00000.parquet     logits: a row for each training row, in the same row groups
 
-In: a teacher's checkpoint and the prepared data it was trained on. Out: the folder that the reader takes them from.
+The job that runs one task a file is in trainer/ray_distill.py; the reader takes the rows from there.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import uuid
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 import torch
 
 from trainer.checkpoint import Checkpoint, open_checkpoint, training_state_of
-from trainer.config import Distill, RunConfig
+from trainer.config import RunConfig
 from trainer.data.batch import to_batch
 from trainer.data.dataset import Dataset, open_dataset
 from trainer.data.reader import Chunk, read_chunk
@@ -30,39 +23,6 @@ from trainer.errors import DataError
 from trainer.models import Ranker, build_ranker
 
 SCORE_ROWS = 8192
-
-
-def score_with_teacher(
-    distill: Distill, run: RunConfig, dataset: Dataset, show: Callable[[dict[str, Any], list[Any]], None]
-) -> Path:
-    """The folder with a teacher's log-odds of the training rows; scored by Ray tasks where it is not there yet.
-
-    Raises: DataError when the teacher was trained on other prepared rows or tasks.
-    """
-    checkpoint = open_checkpoint(Path(distill.teacher))
-    check_teacher(checkpoint, run, dataset)
-    folder = dataset.folder / "teacher" / checkpoint.version
-    if (folder / "teacher.json").exists():
-        return folder
-    staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    (staging / "train").mkdir(parents=True)
-    try:
-        remote = ray.remote(num_cpus=1, max_retries=3)(score_file)
-        files = range(len(dataset.files["train"]))
-        waiting = [remote.remote(str(checkpoint.folder), str(dataset.folder), i, str(staging)) for i in files]
-        done = 0
-        while waiting:
-            ready, waiting = ray.wait(waiting)
-            ray.get(ready)
-            done += len(ready)
-            show({}, [{"kind": "note", "text": f"teacher: scored {done} of {len(files)} files"}])
-        record = {"teacher": str(checkpoint.folder), "version": checkpoint.version, "metrics": checkpoint.metrics}
-        (staging / "teacher.json").write_text(json.dumps(record), encoding="utf-8")
-        if not folder.exists():
-            os.rename(staging, folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return folder
 
 
 def check_teacher(checkpoint: Checkpoint, run: RunConfig, dataset: Dataset) -> None:

@@ -24,11 +24,11 @@ from trainer.checkpoint import MANIFEST, Checkpoint, Position, open_checkpoint, 
 from trainer.config import RunConfig, parse_run
 from trainer.data.dataset import Dataset, open_dataset
 from trainer.data.schema import encodings
-from trainer.distill import score_with_teacher
 from trainer.errors import ConfigError, DataError, SlimrankError
 from trainer.files import check_new, write_json
 from trainer.loop import Place, Worker, build_worker, keep_score, train_stages
 from trainer.metrics import mean_ne
+from trainer.ray_distill import score_with_teacher
 from trainer.ray_progress import Teller, watched
 from trainer.tracking import Tracker, check_tracking
 

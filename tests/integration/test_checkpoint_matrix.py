@@ -16,10 +16,10 @@ import torch.multiprocessing
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "trainer")]
 
-from matrix_ranks import OPTIMIZERS, TYPES, WORLDS, cases, on_rank
-from trainer_builders import make_dataset, make_run
+from matrix_ranks import OPTIMIZERS, TYPES, WORLDS, cases, on_rank  # noqa: E402
+from trainer_builders import make_dataset, make_run  # noqa: E402
 
-from trainer.checkpoint import open_checkpoint
+from trainer.checkpoint import open_checkpoint  # noqa: E402
 
 DEADLINE_S = 180
 SAME_STEP = 2e-6  # a step's sums run in another order on another number of workers
