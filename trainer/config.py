@@ -150,7 +150,7 @@ class TrainConfig(Config):
 
     epochs: int = Field(default=10, ge=1)
     batch_size: int | None = Field(default=None, ge=1)
-    workers: int | Workers = Field(default=2, ge=1)
+    workers: PositiveInt | Workers = 2
     max_failures: int = Field(default=3, ge=-1)
     seed: int = 0
     shuffle: bool = True

@@ -208,3 +208,28 @@ def test_other_number_of_workers_sees_each_row_once_after_a_kill(synthetic: tupl
     assert result["samples"] == EPOCHS * TRAIN_ROWS
     assert [m["estimate"]["rank"] for m in result["memory"]] == [0]
     assert open_checkpoint(tmp_path / "run" / f"step-{EPOCHS * TRAIN_ROWS:012d}").manifest["world_size"] == 1
+
+
+def test_elastic_run_goes_on_without_a_lost_node(synthetic: tuple[Path, Path], tmp_path: Path) -> None:
+    config, data = synthetic
+    script = Path(__file__).with_name("elastic_run.py")
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(config), str(data), str(tmp_path / "run"), str(TRAIN_ROWS // 2)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=280)
+    finally:
+        if process.poll() is None:
+            kill_tree(process.pid)
+    assert process.returncode == 0, stderr[-3000:]
+    result = json.loads(stdout.splitlines()[-1])
+    assert result["node_lost"]
+    assert result["samples"] == EPOCHS * TRAIN_ROWS
+    assert len(result["recoveries"]) == 1
+    first = open_checkpoint(tmp_path / "run" / "step-000000010667", verify=False)
+    last = open_checkpoint(tmp_path / "run" / f"step-{EPOCHS * TRAIN_ROWS:012d}")
+    assert (first.manifest["world_size"], last.manifest["world_size"]) == (2, 1)
