@@ -1,9 +1,8 @@
-"""trainer/loop.py: what it decides from values, how tables start, and a whole run on one process, killed and resumed."""
+"""trainer/loop.py: what it decides from values, how tables start, and runs on one process, killed and resumed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -321,10 +320,10 @@ RUNS = {
 
 
 @pytest.fixture
-def folders(tmp_path) -> Iterator[tuple[Path, Path]]:
+def folders(tmp_path) -> tuple[Path, Path]:
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
-    yield tmp_path / "whole", tmp_path / "cut"
+    return tmp_path / "whole", tmp_path / "cut"
 
 
 @pytest.mark.usefixtures("group")
