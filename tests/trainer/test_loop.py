@@ -381,3 +381,22 @@ def test_evaluations_tell_epochs_and_the_rate_in_force(dataset, folders):
     assert [e["samples"] for e in recorder.events] == [60, 120, 180, 240]
     rates = np.array([e["lr"] for e in recorder.events]) / run.train.dense_lr
     assert rates.tolist() == pytest.approx([0.875, 0.75, 0.625, 0.5])
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("name", RUNS)
+def test_pipelined_run_is_the_plain_one(dataset, folders, name):
+    """TorchRec's pipeline reads a batch or two ahead; steps, masks and dropout fall on the same rows."""
+    found = []
+    for folder, pipeline in zip(folders, (False, True), strict=True):
+        run = make_run(train=RUNS[name] | {"patience": 99, "pipeline": pipeline}, model={"dropout": 0.3})
+        recorder = Recorder(folder)
+        worker, position, _ = go(run, dataset, recorder)
+        found.append((worker.state(), position, [c[1:] for c in recorder.commits]))
+    assert found[0][1].seen == found[1][1].seen
+    assert [(p.samples, p.step, stage) for p, _, stage in found[0][2]] == [
+        (p.samples, p.step, stage) for p, _, stage in found[1][2]
+    ]
+    for key, value in found[0][0].items():
+        for got, want in zip(local_tensors(found[1][0][key]), local_tensors(value), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
