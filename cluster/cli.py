@@ -136,6 +136,55 @@ def data_prepare(
 
 @main.command()
 @click.option("--config", type=FILE, required=True, help="The run's YAML.")
+@click.option(
+    "--data", "data_dir", type=FOLDER, help="What 'data prepare' wrote; without it the log's ids are counted."
+)
+@click.option(
+    "--topology",
+    "machines",
+    required=True,
+    metavar="HxDxNAME-MEM",
+    help="Hosts x devices x name-memory: 2x8xH100-80GB, 1x2xCPU-24GB.",
+)
+@click.option("--rows", multiple=True, metavar="TABLE=N", help="Rows of a table, in place of what the data says.")
+@click.option("--out", type=FILE, help="File to write the plan to, as JSON.")
+@common
+def plan(
+    config: Path,
+    data_dir: Path | None,
+    machines: str,
+    rows: tuple[str, ...],
+    out: Path | None,
+    as_json: bool,
+    address: str | None,
+    debug: bool,
+) -> None:
+    """Place a run's tables on a cluster that need not exist, and say what it costs."""
+    from cluster.runs import load
+    from cluster.session import quiet, ray_session
+
+    if not debug:
+        quiet()
+    from cluster.topology import Tables, dry_run, find_tables, parse_rows, parse_topology, plan_lines, with_rows
+    from trainer.data.log import check_log
+    from trainer.files import write_json
+
+    run, cluster, asked = load(config), parse_topology(machines), parse_rows(rows)
+    known = find_tables(run, data_dir, asked)
+    if known is None:
+        check_log(run.data)
+        with ray_session(address, debug=debug):
+            from trainer.data.prepare import fit_tables
+
+            known = with_rows(Tables(fit_tables(run, Progress().step).tables), asked)
+    result = dry_run(run, known, cluster)
+    if out is not None:
+        write_json(out, result)
+    emit(result, as_json, plan_lines(result))
+
+
+@main.command()
+@click.option("--config", type=FILE, required=True, help="The run's YAML.")
 @click.option("--data", "data_dir", type=FOLDER, required=True, help="What 'data prepare' wrote.")
 @click.option("--out", type=FOLDER, required=True, help="Folder for checkpoints and train.json.")
 @click.option("--workers", type=click.IntRange(min=1), help="Workers, in place of train.workers.")
@@ -305,6 +354,24 @@ def rank(artifact: Path, request_file: Path, as_json: bool, address: str | None,
         quiet()
     result = rank_file(artifact, request_file)
     emit(result, as_json, ranked_table(result))
+
+
+@main.command()
+@click.option("--config", type=FILE, help="A run's YAML: checks its workers, optimizer, sharding and table sizes.")
+@click.option("--data", "data_dir", type=FOLDER, help="What 'data prepare' wrote: checks memory, disk and reading.")
+@common
+def doctor(config: Path | None, data_dir: Path | None, as_json: bool, address: str | None, debug: bool) -> None:
+    """Will a run work on this machine? Versions, CPU, memory, threads, ports, cluster; each finding with its fix."""
+    from cluster.doctor import examine, finding_lines, summary
+    from cluster.runs import load
+    from cluster.session import quiet
+
+    if not debug:
+        quiet()
+    findings = examine(load(config) if config is not None else None, data_dir, address)
+    emit(summary(findings), as_json, finding_lines(findings))
+    if not summary(findings)["ok"]:
+        sys.exit(1)
 
 
 @main.command()

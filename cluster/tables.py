@@ -14,11 +14,11 @@ from rich.table import Table
 from cluster.output import size
 
 
-def render(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table, numbers to the right; as wide as the terminal at most."""
+def render(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> list[str]:
+    """Lines of a table, numbers (all columns but the first) to the right; as wide as the terminal at most."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for index, name in enumerate(head):
-        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+        table.add_column(name, justify="right" if numbers and index else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     text = io.StringIO()

@@ -1,4 +1,4 @@
-"""Bytes: what the machine has, what a plan's tables will take, and what a rank really holds.
+"""Bytes: what a plan's tables will take, and what a rank really holds.
 
 The estimate counts a table's weights and its optimizer's state, shard by shard; activations, the dense part, caches and
 the runtime are left out, and `measured_memory` shows them in the peaks it stands beside.
@@ -6,10 +6,8 @@ the runtime are left out, and `measured_memory` shows them in the peaks it stand
 
 from __future__ import annotations
 
-import os
 import resource
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,22 +27,6 @@ STATE_BYTES = {
     "adam": lambda rows, dim: 8 * rows * dim,
     "partial_rowwise_adam": lambda rows, dim: 4 * rows * dim + 4 * rows,
 }
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-
-
-def machine_memory_bytes() -> int:
-    """Memory this process may use: the machine's, or its container's limit where that is less."""
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([physical, *(limit for path in CGROUP_LIMITS if (limit := cgroup_limit(Path(path))) is not None)])
-
-
-def cgroup_limit(path: Path) -> int | None:
-    """Bytes that a control group's file allows; None where there is no such file or no limit."""
-    try:
-        word = path.read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-    return int(word) if word.isdigit() and int(word) > 0 else None
 
 
 def state_bytes(optimizer: str, rows: int, dim: int) -> int:
@@ -61,9 +43,9 @@ def plan_memory(
 ) -> list[dict[str, int]]:
     """Bytes of each rank's tables under a plan, as `describe_plan` gives it.
 
-    Each rank has weight_bytes (fp32), optimizer_bytes (fused state; for data_parallel tables, which the dense AdamW
-    trains, its two moments) and gradient_bytes (data_parallel only: a fused table's gradient never exists whole).
-    A data_parallel table is on every rank. Not counted: activations, UVM caches, the dense part.
+    Each rank has weight_bytes (fp32), optimizer_bytes (the table optimizer's state) and gradient_bytes (data_parallel
+    tables only, which are on every rank: a fused table's gradient never exists whole).
+    Not counted: activations, UVM caches, the dense part.
     """
     ranks = [{"rank": r, "weight_bytes": 0, "optimizer_bytes": 0, "gradient_bytes": 0} for r in range(world_size)]
     for name, how in described.items():
@@ -76,7 +58,7 @@ def plan_memory(
             table = tables[name]
             for held in ranks:
                 held["weight_bytes"] += table.fp32_bytes
-                held["optimizer_bytes"] += state_bytes("adam", table.num_embeddings, table.embedding_dim)
+                held["optimizer_bytes"] += state_bytes(optimizer, table.num_embeddings, table.embedding_dim)
                 held["gradient_bytes"] += table.fp32_bytes
     return ranks
 
@@ -84,8 +66,8 @@ def plan_memory(
 def measured_memory(model: DistributedModelParallel) -> dict[str, int | None]:
     """What this rank really holds, to stand beside the estimate after a run.
 
-    table_bytes: weights and fused optimizer state of the tables (the state that data_parallel tables have in the dense
-    optimizer is not in it). peak_rss_bytes: of the process so far. cuda_peak_bytes: None without CUDA.
+    table_bytes: weights and fused optimizer state of the tables (the state of data_parallel tables, which lies in an
+    optimizer of its own, is not in it). peak_rss_bytes: of the process so far. cuda_peak_bytes: None without CUDA.
     """
     held = [value for key, value in model.state_dict().items() if "embedding_bags." in key]
     for slots in model.fused_optimizer.state_dict()["state"].values():

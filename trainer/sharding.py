@@ -35,6 +35,7 @@ from torchrec.distributed.planner.types import (
 from torchrec.distributed.types import (
     CacheParams,
     CommOp,
+    LazyAwaitable,
     ParameterSharding,
     QuantizedCommCodecs,
     ShardingEnv,
@@ -47,7 +48,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from trainer.config import ShardingConfig, TableSharding
 from trainer.data.transform import TableInfo, Transform
 from trainer.errors import ConfigError
-from trainer.memory import machine_memory_bytes
+from trainer.machine import machine_memory_bytes
+from trainer.memory import plan_memory
 from trainer.models import module_name
 
 GRADIENT_SCALE = 2.0**14  # a gradient of a mean over the batch lies below what fp16 can tell from 0
@@ -70,14 +72,31 @@ class FilledBatches(ShardedEmbeddingBagCollection):
     even = False
     multiple = 1
 
-    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
-        """Pooled embeddings (B local rows, D) of this rank's rows."""
+    def input_dist(self, ctx: Any, features: KeyedJaggedTensor) -> Any:
+        """Send ids where their rows are, in a batch filled up; TorchRec's pipeline calls this a step ahead."""
         rows = features.stride()
         wanted = torch.tensor([-(-rows // self.multiple) * self.multiple])
         if self.even:
             dist.all_reduce(wanted, dist.ReduceOp.MAX, group=self._env.process_group)
-        pooled = super().forward(filled_up(features, int(wanted))).wait()
-        return KeyedTensor(pooled.keys(), pooled.length_per_key(), pooled.values()[:rows])
+        ctx.local_rows = rows
+        return super().input_dist(ctx, filled_up(features, int(wanted)))
+
+    def compute_and_output_dist(self, ctx: Any, input: Any) -> LazyAwaitable[KeyedTensor]:  # noqa: A002
+        """Pooled embeddings (B local rows, D) of this rank's rows."""
+        return FirstRows(super().compute_and_output_dist(ctx, input), ctx.local_rows)
+
+
+class FirstRows(LazyAwaitable[KeyedTensor]):
+    """The first rows of pooled embeddings that are still on their way."""
+
+    def __init__(self, pooled: LazyAwaitable[KeyedTensor], rows: int) -> None:
+        super().__init__()
+        self.pooled = pooled
+        self.rows = rows
+
+    def _wait_impl(self) -> KeyedTensor:
+        pooled = self.pooled.wait()
+        return KeyedTensor(pooled.keys(), pooled.length_per_key(), pooled.values()[: self.rows])
 
 
 def filled_up(features: KeyedJaggedTensor, rows: int) -> KeyedJaggedTensor:
@@ -86,6 +105,7 @@ def filled_up(features: KeyedJaggedTensor, rows: int) -> KeyedJaggedTensor:
     return KeyedJaggedTensor(
         keys=features.keys(),
         values=features.values(),
+        weights=features.weights_or_none(),
         lengths=nn.functional.pad(lengths, (0, rows - features.stride())).view(-1),
     )
 
@@ -217,6 +237,8 @@ def _checked(
             f"another model on each number of workers: use table_optimizer adagrad, or type table_wise or row_wise"
         )
     width = column_width(table.embedding_dim, asked.min_partition, world_size)
+    if width is None and not named:
+        return asked.model_copy(update={"type": "table_wise"})
     if width is None:
         least = f", {asked.min_partition} (min_partition) at least" if asked.min_partition else ""
         raise ConfigError(
@@ -248,15 +270,15 @@ def leaves_empty_shards(rows: int, world_size: int) -> bool:
 def allowed_types(asked: TableSharding, table_optimizer: str, device: str, rows: int, world_size: int) -> list[str]:
     """Sharding types the planner may choose from; `auto` stands for those whose result does not depend on the plan.
 
-    data_parallel is not among those: such a table is trained by the dense optimizer.
+    data_parallel is not among those: it would cost each worker a gradient of the whole table a step.
     """
     if asked.type != "auto":
         return [str(asked.type)]
     types = [ShardingType.TABLE_WISE.value]
     if not leaves_empty_shards(rows, world_size):
         types.append(ShardingType.ROW_WISE.value)
-    if device == "cuda":
-        types.append(ShardingType.TABLE_ROW_WISE.value)
+        if device == "cuda":
+            types.append(ShardingType.TABLE_ROW_WISE.value)
     if table_optimizer in ELEMENTWISE_OPTIMIZERS:
         types.append(ShardingType.COLUMN_WISE.value)
     return types
@@ -268,22 +290,35 @@ def constraints_of(
     table_optimizer: str,
     device: str,
     world_size: int,
-    ids_per_row: Mapping[str, float],
+    lookups: Mapping[str, list[float]],
 ) -> dict[str, ParameterConstraints]:
-    """The planner's constraints. A table's lookups are spread evenly over the features that read it."""
+    """The planner's constraints. `lookups`: mean lookups by a row of the log, of each way that a table is read."""
     constraints = {}
     for name, table in tables.items():
         want = asked[name]
         kernel = want.kernel or ("dense" if want.type == "data_parallel" else "fused")
-        readers = len(table.features)
         constraints[module_name(name)] = ParameterConstraints(
             sharding_types=allowed_types(want, table_optimizer, device, table.num_embeddings, world_size),
             compute_kernels=[EmbeddingComputeKernel(kernel).value],
             min_partition=want.min_partition,
-            pooling_factors=[ids_per_row.get(name, float(readers)) / readers] * readers,
+            pooling_factors=lookups[name],
             cache_params=CacheParams(load_factor=want.cache_load_factor) if want.cache_load_factor else None,
         )
     return constraints
+
+
+def lookups_of(model: nn.Module, ids_per_row: Mapping[str, float]) -> dict[str, list[float]]:
+    """By table, the mean lookups of each feature that the model reads it with (a sequence reads at each position).
+
+    A table's `ids_per_row` are spread evenly over them; 1 each where it has none.
+    """
+    bags = [module for module in model.modules() if isinstance(module, EmbeddingBagCollection)]
+    readers = {
+        table.name.removeprefix(module_name("")): len(table.feature_names)
+        for module in bags
+        for table in module.embedding_bag_configs()
+    }
+    return {name: [ids_per_row.get(name, float(count)) / count] * count for name, count in readers.items()}
 
 
 # -- the plan --------------------------------------------------------------------------------------------------------
@@ -340,7 +375,9 @@ def plan_tables(
     """
     device = where.compute_device
     asked = check_sharding(tables, sharding, device, where.world_size, table_optimizer)
-    constraints = constraints_of(tables, asked, table_optimizer, device, where.world_size, ids_per_row or {})
+    constraints = constraints_of(
+        tables, asked, table_optimizer, device, where.world_size, lookups_of(model, ids_per_row or {})
+    )
     kept = _Kept()
     offered = sharders(sharding.comms, device)
     enumerator = EmbeddingEnumerator(topology=where, batch_size=local_batch_size, constraints=constraints)
@@ -357,7 +394,27 @@ def plan_tables(
         plan = planner.plan(model, offered)
     except PlannerError:
         raise ConfigError(refusal(enumerator.enumerate(model, offered), where)) from None
+    check_copies(describe_plan(plan), tables, table_optimizer, where)
     return Planned(plan, kept.options)
+
+
+def check_copies(
+    described: Mapping[str, Mapping[str, Any]], tables: Mapping[str, TableInfo], table_optimizer: str, where: Topology
+) -> None:
+    """Raises: ConfigError when data_parallel tables do not fit with the gradient that the planner does not count."""
+    copies = [name for name, how in described.items() if how["sharding_type"] == "data_parallel"]
+    on_device = {n: how for n, how in described.items() if not how["compute_kernel"].startswith("fused_uvm")}
+    storage = where.devices[0].storage
+    cap = storage.ddr if where.compute_device == "cpu" else storage.hbm
+    held = plan_memory(on_device, tables, table_optimizer, where.world_size) if copies else []
+    most = max((sum(rank.values()) - rank["rank"] for rank in held), default=0)
+    if most > cap:
+        needs = [Need(name, 2 * tables[name].fp32_bytes, 2 * tables[name].fp32_bytes) for name in copies]
+        raise ConfigError(
+            f"tables do not fit {where.world_size} worker(s) with {readable(cap)} each, {readable(most - cap)} lacks: "
+            f"data_parallel tables take their weights twice on each worker (they have a whole gradient): "
+            f"{misfit_list(needs)}: use type row_wise or table_wise"
+        )
 
 
 def make_plan(
@@ -373,6 +430,7 @@ def make_plan(
 ) -> ShardingPlan:
     """Place every table on the workers; called by all ranks together, they get rank 0's plan. `batch_size` is global.
 
+    The tables' optimizer must be fused into `model` before (trainer/optimizer.py): the planner counts its state.
     Raises: ConfigError, on every rank, when the config asks what cannot be, or the tables do not fit the machines.
     """
     assert dist.is_initialized(), "make_plan needs a process group"
@@ -391,9 +449,11 @@ def make_plan(
             ]
         except ConfigError as error:  # the planner's own collective_plan would leave the other ranks waiting
             told = [error]
+        except Exception as error:
+            told = [RuntimeError(f"planning failed on rank 0: {type(error).__name__}: {error}")]
     if world_size > 1:
         dist.broadcast_object_list(told, 0, device=device if device.type == "cuda" else None)
-    if isinstance(told[0], ConfigError):
+    if isinstance(told[0], Exception):
         raise told[0]
     return told[0]
 
@@ -472,8 +532,10 @@ def misfit(needs: Sequence[Need], cap: int, world_size: int) -> str | None:
     single = [need for need in needs if need.unit_bytes > cap]
     if single:
         lacking = max(need.unit_bytes for need in single) - cap
+        whole = any(need.unit_bytes == need.total_bytes for need in single) and world_size > 1
+        step = "use type row_wise" if whole else "add workers"
         return (
-            f"{misfit_list(single, 'unit_bytes')} on one worker, {readable(lacking)} too much: use type row_wise, "
+            f"{misfit_list(single, 'unit_bytes')} on one worker, {readable(lacking)} too much: {step}, "
             f"lower its dim or hash_size, or use workers with more memory"
         )
     total = sum(need.total_bytes for need in needs)

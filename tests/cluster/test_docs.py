@@ -27,6 +27,7 @@ from trainer.config import (
 )
 from trainer.data.schema import (
     CategoricalFeature,
+    Clean,
     DataConfig,
     Ids,
     MultiFeature,
@@ -36,7 +37,8 @@ from trainer.data.schema import (
     Task,
 )
 
-SECTIONS = [RunConfig, DataConfig, Split, Ids, Task, CategoricalFeature, MultiFeature, SequenceFeature, NumericFeature]
+SECTIONS = [RunConfig, DataConfig, Split, Clean, Ids, Task, CategoricalFeature, MultiFeature, SequenceFeature]
+SECTIONS += [NumericFeature]
 SECTIONS += [
     ModelConfig,
     TrainConfig,

@@ -26,7 +26,7 @@ from trainer.memory import measured_memory, plan_memory
 from trainer.models import build_ranker
 from trainer.optimizer import build_optimizer, fuse_table_optimizer
 from trainer.sharding import describe_plan, make_plan, sharders
-from trainer.step import Loss, train_step
+from trainer.step import Loss, Stepper
 
 CPU = torch.device("cpu")
 GLOBAL_ROWS = 16  # three ranks hold 5, 5 and 6
@@ -34,7 +34,7 @@ GLOBAL_ROWS = 16  # three ranks hold 5, 5 and 6
 
 @dataclass(frozen=True)
 class World:
-    """What is trained on what: each global step's rows, and those of one prediction at the end."""
+    """What is trained on what: each global step's rows."""
 
     run: RunConfig
     transform: Transform
@@ -46,13 +46,15 @@ def initial(table: str, rows: int, dim: int) -> torch.Tensor:
     return torch.empty(rows, dim).uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(len(table) * 7 + rows))
 
 
-def train_under(world: World, sharding: ShardingConfig, optimizer_name: str, rank: int, world_size: int) -> dict:
-    """All global steps but the last, which is predicted. Returns plan, estimate, measure, shards, logits."""
-    train = world.run.train.model_copy(update={"table_optimizer": optimizer_name, "table_lr": 0.05, "table_l2": 0.1})
-    run, transform = world.run.model_copy(update={"train": train}), world.transform
+def train_under(
+    world: World, sharding: ShardingConfig, optimizer_name: str, rank: int, world_size: int, pipeline: bool = False
+) -> dict:
+    """All global steps. Returns plan, estimate, measure and this rank's shards."""
+    chosen = world.run.train.model_copy(update={"table_optimizer": optimizer_name, "table_lr": 0.05})
+    run, transform = world.run.model_copy(update={"train": chosen}), world.transform
     torch.manual_seed(0)
     model = build_ranker(run.model, transform)
-    fuse_table_optimizer(model.embeddings, train)
+    fuse_table_optimizer(model.embeddings, run.train)
     plan = make_plan(
         model,
         transform,
@@ -65,7 +67,7 @@ def train_under(world: World, sharding: ShardingConfig, optimizer_name: str, ran
     )
     described = describe_plan(plan)
     sharded = DistributedModelParallel(model, device=CPU, plan=plan, sharders=sharders(sharding.comms, CPU))
-    optimizer = build_optimizer(sharded, train)
+    optimizer = build_optimizer(sharded, run.train)
     state = training_state(sharded, optimizer)
     for name, table in transform.tables.items():
         whole = initial(name, table.num_embeddings, table.embedding_dim)
@@ -83,11 +85,9 @@ def train_under(world: World, sharding: ShardingConfig, optimizer_name: str, ran
         labels = (np.arange(GLOBAL_ROWS) % 3 == 0).astype(np.float32)[first:last, None]
         return to_batch(transform.encode(rows.slice(first, last - first)), labels, rows=GLOBAL_ROWS)
 
-    for rows in world.steps[:-1]:
-        train_step(sharded, optimizer, Loss(run), slice_of(rows), world_size)
-    sharded.eval()
-    with torch.no_grad():
-        logits = sharded(slice_of(world.steps[-1]))[0].numpy()
+    stepper = Stepper(sharded, optimizer, Loss(run), CPU, world_size, pipeline)
+    for _ in stepper.steps(map(slice_of, world.steps), before=lambda: None):
+        pass
     shards = []
     for name in transform.tables:
         value = training_state(sharded, optimizer)[f"tables/{name}/weight"]
@@ -101,7 +101,6 @@ def train_under(world: World, sharding: ShardingConfig, optimizer_name: str, ran
         "estimate": plan_memory(described, transform.tables, optimizer_name, world_size)[rank],
         "measured": measured_memory(sharded),
         "shards": shards,
-        "logits": logits,
     }
 
 
@@ -118,7 +117,8 @@ def on_rank(rank: int, folder: str, world: World, cases: dict) -> None:
         found = {}
         for name, (sharding, optimizer_name) in cases.items():
             try:
-                found[name] = train_under(world, ShardingConfig(**sharding), optimizer_name, rank, world_size)
+                asked, pipeline = ShardingConfig(**sharding), name.startswith("pipelined")
+                found[name] = train_under(world, asked, optimizer_name, rank, world_size, pipeline)
             except ConfigError as error:
                 found[name] = {"error": str(error)}
         torch.save(found, Path(folder) / f"{world_size}-{rank}.pt")

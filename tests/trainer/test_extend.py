@@ -116,7 +116,6 @@ def test_all_else_of_an_extended_transform_is_the_old_ones():
         ([ANY | {"hash_size": 9}], "feature 'any': hash_size is 9"),
         ([ANY, {"name": "more", "kind": "categorical"}], "feature 'more': not in the data to continue from"),
         ([{"name": "other", "kind": "categorical"}], "feature 'any': not in the config"),
-        ([ANY | {"dim": 16}], "feature 'any': dim is 16"),
     ],
 )
 def test_other_features_are_refused_by_name(features, message):
@@ -125,6 +124,9 @@ def test_other_features_are_refused_by_name(features, message):
         extend_transform(OLD, observe(pa.table({"any": ["a"], "more": ["a"], "other": ["b"]}), data, 0), data, 8)
 
 
-def test_another_embedding_dim_is_refused():
-    with pytest.raises(DataError, match="table 'any': embedding_dim 16, the data to continue from has 8"):
-        extend_transform(OLD, observe(table("a"), DATA, 0), DATA, 16)
+def test_another_embedding_dim_is_taken_and_changes_no_row():
+    new = extend_transform(OLD, observe(table("a", "z"), DATA, 0), DATA, 16)
+    assert (OLD.tables["any"].embedding_dim, new.tables["any"].embedding_dim) == (8, 16)
+    assert rows(new, *"abcde") == FIRST
+    wide = data_of(ANY | {"dim": 32}, min_count=1)
+    assert extended(OLD, table("a"), wide).tables["any"].embedding_dim == 32

@@ -81,6 +81,22 @@ def test_quantiles_of_large_fragments_come_from_a_sample(monkeypatch):
     assert again.numerics["n"].boundaries == boundaries
 
 
+def test_quantiles_of_many_fragments_come_from_one_bounded_sample(monkeypatch):
+    monkeypatch.setattr(fit, "QUANTILE_SAMPLE", 400)
+    data = data_of({"name": "n", "kind": "numeric", "transform": "bucketize", "buckets": 4})
+    values = np.sort(np.random.default_rng(0).random(6000))  # fragments of very different values
+    parts = [observe(pa.table({"n": v}), data, seed=i) for i, v in enumerate(np.array_split(values, 50))]
+    found = []
+    for order in (range(50), reversed(range(50))):
+        stats = FitStats()
+        for part in order:
+            stats.merge(parts[part])
+            assert sum(map(len, stats.numbers["n"].sample)) <= 2 * 400 + 120
+        found.append(fit_transform(stats, data, 8).numerics["n"].boundaries)
+    assert found[0] == found[1]
+    np.testing.assert_allclose(found[0], [0.25, 0.5, 0.75], atol=0.1)
+
+
 def test_fit_takes_the_dim_of_the_feature_or_the_models():
     data = data_of({"name": "a", "kind": "categorical", "dim": 4}, {"name": "b", "kind": "categorical"})
     tables = fit_transform(observe(pa.table({"a": ["x"], "b": ["y"]}), data, 0), data, 12).tables

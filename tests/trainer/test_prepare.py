@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -10,9 +12,11 @@ import pytest
 from trainer_builders import data_of, fitted, make_run, prepare_here, random_log, whole
 
 from trainer.data import prepare
+from trainer.data.clean import read_labels
 from trainer.data.dataset import LABELS, SPLITS
+from trainer.data.encoded import SPARSE
 from trainer.data.log import Fragment, find_files, fragments_of
-from trainer.data.prepare import Splitter, check_splits, read_labels, timestamps
+from trainer.data.prepare import Splitter, check_splits, timestamps
 from trainer.data.reader import read_split
 from trainer.data.transform import OOV_ROW
 from trainer.errors import DataError
@@ -47,7 +51,7 @@ def test_split_by_time_cuts_at_the_fractions(tmp_path):
         pq.write_table(pa.table({"any": times % 3, "label": times % 2, "time": times}), tmp_path / f"{name}.parquet")
     data = data_of(ANY, input=str(tmp_path / "*.parquet"), split={"by": "timestamp"}, timestamp="time")
     fragments = fragments_of(find_files(data), data)
-    observed = [prepare._observe_times(f, data) for f in fragments]
+    observed = [timestamps(f.read(["time"]), data) for f in fragments]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "_map", lambda function, items, what, progress: [function(i) for i in items])
         splitter = prepare._fit_splitter(fragments, data, lambda *a: None)
@@ -249,8 +253,8 @@ def test_fragment_is_written_split_by_split(tmp_path):
     kept = np.delete(np.arange(60), 3)
     table = pq.read_table(tmp_path / "train" / "part-00007.parquet")
     encoded = transform.encode(log.take(pa.array(kept)))
-    assert table["sparse.item"].to_pylist() == encoded.sparse["item"].values.tolist()
-    assert table["sparse.history"].combine_chunks().flatten().to_pylist() == encoded.sparse["history"].values.tolist()
+    assert table[f"{SPARSE}item"].to_pylist() == encoded.sparse["item"].values.tolist()
+    assert table[f"{SPARSE}history"].combine_chunks().flatten().to_pylist() == encoded.sparse["history"].values.tolist()
     assert [x[0] for x in table[LABELS].to_pylist()] == [labels[i] for i in kept]
     assert written.positives["train"].tolist() == [sum(labels[i] for i in kept)]
     assert written.unknown["train"]["item"] == int((encoded.sparse["item"].values == OOV_ROW).sum()) > 0
@@ -260,6 +264,18 @@ def test_fragment_is_written_split_by_split(tmp_path):
     np.testing.assert_array_equal(counts, np.unique(both, return_counts=True)[1])
     sample = log.drop_columns(["time"]).take(pa.array([i for i in range(60, 80) if i != 65]))
     assert written.sample.to_pylist() == sample.to_pylist()
+
+
+def test_what_a_fragment_gives_back_is_small(tmp_path):
+    log = random_log(6000, split=["train"] * 1000 + ["val"] * 5000)
+    pq.write_table(log, tmp_path / "log.parquet")
+    data = make_run(split={"column": "split"}).data
+    for split in SPLITS:
+        (tmp_path / split).mkdir()
+    fragment = Fragment(0, str(tmp_path / "log.parquet"), (0,), 0, 6000)
+    written = prepare._write_rows(fragment, Splitter(data), fitted(random_log(12, seed=5), data), tmp_path)
+    assert len(written.sample) == prepare.SAMPLE_ROWS
+    assert len(pickle.dumps(written)) < 0.2 * log.nbytes, "the sample does not bring the rows it was cut from"
 
 
 def test_fragment_without_rows_of_a_split_writes_no_file_for_it(tmp_path):

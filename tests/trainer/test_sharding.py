@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 import pytest
 import torch
 import torch.multiprocessing
 from sharding_ranks import GLOBAL_ROWS, World, on_rank, train_under
 from trainer_builders import CPU, fitted, make_run, random_log
 
-from trainer import memory, sharding
+from trainer import machine, sharding
 from trainer.config import ShardingConfig, TableSharding, parse_run
 from trainer.data.batch import to_batch
 from trainer.data.transform import TableInfo
 from trainer.errors import ConfigError
-from trainer.memory import cgroup_limit, machine_memory_bytes, plan_memory, state_bytes
+from trainer.machine import cgroup_limit, cores, cpu_quota, machine_memory_bytes
+from trainer.memory import plan_memory, state_bytes
 from trainer.models import build_ranker
 from trainer.optimizer import fuse_table_optimizer
 from trainer.sharding import (
@@ -47,6 +50,7 @@ MIXED = {
 CASES = {
     "table_wise": ({"default": "table_wise"}, "rowwise_adagrad"),
     "row_wise": ({"default": "row_wise"}, "rowwise_adagrad"),
+    "pipelined row_wise": ({"default": "row_wise"}, "rowwise_adagrad"),
     "auto": ({"default": "auto"}, "rowwise_adagrad"),
     "data_parallel": ({"default": "data_parallel"}, "rowwise_adagrad"),
     "whole adagrad": ({"default": "table_wise"}, "adagrad"),
@@ -70,14 +74,15 @@ def world() -> World:
         {"name": "price", "kind": "numeric"},
     ]
     run = make_run(features=features)
-    return World(run, fitted(random_log(80), run.data), [random_log(GLOBAL_ROWS, seed=step) for step in range(4)])
+    return World(run, fitted(random_log(80), run.data), [random_log(GLOBAL_ROWS, seed=step) for step in range(3)])
 
 
 @pytest.fixture(scope="module")
 def ranks(world, tmp_path_factory) -> dict[int, list[dict]]:
     """For 2 and 3 workers: what each rank found under every case."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(on_rank, (str(folder), world, CASES), nprocs=3)
+    multiprocessing.set_forkserver_preload(["torchrec.distributed.model_parallel", "pandas", "pyarrow.parquet"])
+    torch.multiprocessing.start_processes(on_rank, (str(folder), world, CASES), nprocs=3, start_method="forkserver")
     return {n: [torch.load(folder / f"{n}-{rank}.pt", weights_only=False) for rank in range(n)] for n in (2, 3)}
 
 
@@ -104,7 +109,16 @@ def whole_tables(found: list[dict], case: str) -> dict[str, torch.Tensor]:
 @shard_warnings
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize(
-    ("case", "exact"), [("table_wise", True), ("row_wise", True), ("auto", True), ("fp16", False), ("int8", False)]
+    ("case", "exact"),
+    [
+        ("table_wise", True),
+        ("row_wise", True),
+        ("data_parallel", True),
+        ("auto", True),
+        ("pipelined row_wise", True),
+        ("fp16", False),
+        ("int8", False),
+    ],
 )
 def test_training_ends_in_the_same_tables_under_every_plan(ranks, alone, world_size, case, exact):
     expected = whole_tables([{"alone": alone["rowwise_adagrad"]}], "alone")
@@ -234,7 +248,7 @@ def test_tables_that_do_not_fit_are_named_with_bytes_and_cap(monkeypatch):
     text = str(error.value)
     assert len(text.splitlines()) == 1
     assert text.startswith("tables do not fit 1 worker(s) with 700 B of memory each: hashed ")
-    assert "use type row_wise" in text
+    assert "add workers" in text
 
 
 # -- what the config asks --------------------------------------------------------------------------------------------
@@ -390,12 +404,23 @@ def test_machine_memory_is_that_of_a_real_machine():
 
 def test_containers_limit_counts_where_it_is_less(tmp_path, monkeypatch):
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(memory, "CGROUP_LIMITS", (str(limit),))
+    monkeypatch.setattr(machine, "CGROUP_MEMORY", (str(limit),))
     physical = machine_memory_bytes()
     for text, expected in (("max", physical), ("1000000", 1_000_000), (str(2**60), physical), ("0", physical)):
         limit.write_text(text + "\n")
         assert machine_memory_bytes() == expected
     assert cgroup_limit(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("150000 100000", 1.5), ("max 100000", None), ("-1 100000", None), ("", None), ("100000 0", None)],
+)
+def test_cpu_quota(text, expected, tmp_path, monkeypatch):
+    assert cpu_quota(text) == expected
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    monkeypatch.setattr(machine, "CGROUP_CPU", str(tmp_path / "cpu.max"))
+    assert cores() == 0.5
 
 
 @pytest.mark.parametrize(
@@ -422,7 +447,7 @@ def test_plan_memory_counts_shards_and_copies():
     first, second = plan_memory(described, TABLES, "rowwise_adagrad", 2)
     copy = 10 * 4 * 4
     assert first["weight_bytes"] == 600 * 16 * 4 + copy
-    assert first["optimizer_bytes"] == 600 * 4 + 2 * copy
+    assert first["optimizer_bytes"] == 600 * 4 + 10 * 4
     assert first["gradient_bytes"] == second["gradient_bytes"] == copy
     assert second["weight_bytes"] == 400 * 16 * 4 + copy
 

@@ -136,6 +136,13 @@ def prepare_here(
     return open_dataset(folder)
 
 
+def prepare_locally(run: RunConfig, out: Path, continue_from: Path | None = None) -> dict[str, Any]:
+    """`prepare` itself, each pass a plain loop in place of Ray Data."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "_map", lambda function, items, what, progress: map(function, items))
+        return prepare.prepare(run, out, lambda *_: None, continue_from)
+
+
 def make_dataset(folder: Path, train_rows: int, files: int = 2, row_group_rows: int = 7, **data: Any) -> Dataset:
     """A prepared data set of `train_rows` training rows and 12 each of val and test; dense `row` numbers the rows."""
     split = ["train"] * train_rows + ["val"] * 12 + ["test"] * 12

@@ -1,6 +1,7 @@
 """A prepared data set on disk: what prepare writes and training, tuning and evaluation read.
 
-DIR/dataset.json            format version, rows and files of each split, positives, out-of-vocabulary shares
+DIR/dataset.json            format version, rows and files of each split, positives, out-of-vocabulary shares, what
+                            cleaning dropped, the rate at which negatives were kept, the data sets it continues
 DIR/transform.json          the fitted transform (trainer/data/transform.py), with vocabulary/TABLE.arrow
 DIR/counts/TABLE.arrow      lookups of each row in the training split
 DIR/{train,val,test}/*.parquet

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pyarrow as pa
 
-from trainer.data.schema import DataConfig, MultiFeature, NumericFeature, SequenceFeature, TableOptions
+from trainer.data.schema import DataConfig, MultiFeature, NumericFeature, SequenceFeature, TableOptions, encodings
 from trainer.data.transform import (
     RESERVED_ROWS,
     IdMap,
@@ -27,12 +27,16 @@ from trainer.data.transform import (
 )
 from trainer.errors import DataError
 
-QUANTILE_SAMPLE = 200_000  # values a fragment contributes to the quantiles at most; exact below that
+QUANTILE_SAMPLE = 1_000_000  # values that quantiles are taken from at most; exact below that
+HELD_PARTS = 16  # id counts of a table that are held before they are summed, at most
 
 
 @dataclass
 class NumberStats:
-    """Sums of one number over training rows."""
+    """Sums of one number over training rows.
+
+    `sample` holds parts (n, 2): values, and the random priorities by which the lowest stay in a sample of all.
+    """
 
     count: int = 0
     missing: int = 0
@@ -52,7 +56,17 @@ class NumberStats:
             self.spread += other.spread + apart * apart * self.count * other.count / both
         self.count = both
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
-        self.sample += other.sample
+        self.sample = self.sample + other.sample
+        if sum(len(s) for s in self.sample) > 2 * QUANTILE_SAMPLE:
+            self.sample = [thinned(self.sample)]
+
+
+def thinned(parts: list[np.ndarray]) -> np.ndarray:
+    """The QUANTILE_SAMPLE rows of lowest priority of parts (n, 2): a uniform sample, whatever the parts were."""
+    rows = np.concatenate(parts)
+    if len(rows) <= QUANTILE_SAMPLE:
+        return rows
+    return rows[np.argpartition(rows[:, 1], QUANTILE_SAMPLE - 1)[:QUANTILE_SAMPLE]]
 
 
 @dataclass
@@ -69,7 +83,8 @@ class FitStats:
         for name, parts in other.ids.items():
             held = self.ids.setdefault(name, [])
             held += parts
-            if len(held) > 16:
+            # the sum comes first: parts are added to it before they outgrow it
+            if len(held) > HELD_PARTS or sum(len(k) for k, _ in held[1:]) > len(held[0][0]):
                 self.ids[name] = [sum_counts(held)]
         for name, stats in other.numbers.items():
             self.numbers.setdefault(name, NumberStats()).merge(stats)
@@ -114,7 +129,7 @@ def _observe_number(numbers: np.ndarray, feature: NumericFeature, rng: np.random
         stats.spread = float(np.square(known - stats.mean).sum())
         stats.low, stats.high = float(known.min()), float(known.max())
         if feature.transform == "bucketize":
-            stats.sample = [known if len(known) <= QUANTILE_SAMPLE else rng.choice(known, QUANTILE_SAMPLE, False)]
+            stats.sample = [thinned([np.stack([known, rng.random(len(known))], axis=1)])]
     return stats
 
 
@@ -157,10 +172,10 @@ def extend_transform(old: Transform, stats: FitStats, data: DataConfig, default_
     """An older transform that knows the ids of new training rows too.
 
     Numbers, buckets, hash sizes and the rows of known ids stay as they are. Ids that are new, and seen `min_count`
-    times in the new rows, are appended to their vocabularies in the order of their hashes.
+    times in the new rows, are appended to their vocabularies in the order of their hashes. Dims may be others.
     Raises: DataError naming the first feature that differs from the older transform's.
     """
-    check_extends(old, data, default_dim)
+    check_extends(old, data)
     tables, id_maps = dict(old.tables), dict(old.id_maps)
     for name, table in old.tables.items():
         if table.kind != "vocabulary":
@@ -173,19 +188,20 @@ def extend_transform(old: Transform, stats: FitStats, data: DataConfig, default_
         new = np.setdiff1d(frequent, known, assume_unique=True)
         id_maps[name] = IdMap.of_rows(np.concatenate([known, np.sort(new)]))
         tables[name] = replace(table, num_embeddings=id_maps[name].size + RESERVED_ROWS)
-    return Transform(data, tables, id_maps, old.numerics, (*old.lineage, old.fingerprint()))
+    lineage = (*old.lineage, old.fingerprint())
+    return Transform(data, tables, id_maps, old.numerics, lineage).with_dims(data.features, default_dim)
 
 
-def check_extends(old: Transform, data: DataConfig, default_dim: int) -> None:
-    """Raises: DataError naming the first feature or embedding_dim that differs from an older transform's."""
-    before = {f.name: f for f in old.schema.features}
-    now = {f.name: f for f in data.features}
+def check_extends(old: Transform, data: DataConfig) -> None:
+    """Raises: DataError naming the first feature that is encoded otherwise than in an older transform."""
+    before = {f["name"]: f for f in encodings(old.schema.features)}
+    now = {f["name"]: f for f in encodings(data.features)}
     start = "leave out --continue-from, or restore the config"
     for name in [*before, *now]:
         if name not in now or name not in before:
             where = "not in the config" if name in before else "not in the data to continue from"
             raise DataError(f"feature {name!r}: {where}: features must stay the same: {start}")
-        was, wanted = before[name].model_dump(), now[name].model_dump()
+        was, wanted = before[name], now[name]
         changed = next((k for k in {**was, **wanted} if was.get(k) != wanted.get(k)), None)
         if changed is not None:
             raise DataError(
@@ -194,14 +210,6 @@ def check_extends(old: Transform, data: DataConfig, default_dim: int) -> None:
             )
     if list(before) != list(now):
         raise DataError(f"features: their order differs from that of the data to continue from: {start}")
-    for feature in data.sparse_features:
-        table = old.tables[feature.table_name]
-        dim = feature.dim or default_dim
-        if table.name == feature.name and table.embedding_dim != dim:
-            raise DataError(
-                f"table {table.name!r}: embedding_dim {dim}, the data to continue from has {table.embedding_dim}: "
-                f"{start}"
-            )
 
 
 def _fit_number(stats: NumberStats, feature: NumericFeature) -> NumericStats:
@@ -210,6 +218,6 @@ def _fit_number(stats: NumberStats, feature: NumericFeature) -> NumericStats:
     std = float(np.sqrt(stats.spread / stats.count))
     boundaries: tuple[float, ...] = ()
     if feature.transform == "bucketize":
-        quantiles = np.quantile(np.concatenate(stats.sample), np.arange(1, feature.buckets) / feature.buckets)
+        quantiles = np.quantile(thinned(stats.sample)[:, 0], np.arange(1, feature.buckets) / feature.buckets)
         boundaries = tuple(float(q) for q in np.unique(quantiles))
     return NumericStats(stats.mean, std if std > 1e-12 else 1.0, stats.low, stats.high, stats.missing > 0, boundaries)

@@ -146,6 +146,7 @@ def check_columns(path: str, present: Sequence[str], data: DataConfig) -> None:
         if column not in present:
             users = [f"feature {f.name!r}" for f in data.features if column in columns_of(f)]
             users += [f"task {t.name!r}" for t in data.tasks if t.column == column]
+            users += ["data.clean"] if column in data.clean.columns else []
             listed = ", ".join(present[:30]) + (", ..." if len(present) > 30 else "")
             raise DataError(
                 f"column {column!r} ({users[0] if users else 'data section'}) is not in {path}, which has: {listed}; "

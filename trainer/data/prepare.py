@@ -1,7 +1,9 @@
 """Raw log -> prepared Parquet, with Ray Data.
 
-Three passes, each a map over the log's fragments: time cuts (only for a split by time), statistics of the training
-rows, encoded rows. Workers return small sums; what they write lands in a staging folder that becomes the output by one
+Passes, each a map over the log's fragments: row keys (only where rows are cleaned), time cuts (only for a split by
+time), statistics of the training rows, encoded rows. A worker holds one fragment; the driver adds up what fragments say
+as it arrives, and holds what grows with the vocabularies and the item catalogue, never with the rows (but for eight
+bytes a row while duplicates are sought). What is written lands in a staging folder that becomes the output by one
 rename.
 """
 
@@ -9,8 +11,9 @@ from __future__ import annotations
 
 import logging
 import pickle
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,11 +28,23 @@ import ray
 import ray.data
 
 from trainer.config import RunConfig
+from trainer.data.clean import (
+    Dropped,
+    Part,
+    counts_of,
+    find_duplicates,
+    kept_negatives,
+    read_labels,
+    read_part,
+    row_keys,
+    write_duplicates,
+)
+from trainer.data.cuts import Bracket, values_at
 from trainer.data.dataset import DENSE, FORMAT_VERSION, GROUP, LABELS, SPLITS
 from trainer.data.encoded import Encoded, to_columns
 from trainer.data.fit import FitStats, check_extends, extend_transform, fit_transform, observe, sum_counts
 from trainer.data.log import Fragment, csv_to_parquet, find_files, fragments_of
-from trainer.data.schema import DataConfig, columns_of, comparison, parse_comparison
+from trainer.data.schema import DataConfig, columns_of
 from trainer.data.transform import OOV_ROW, Transform, as_numbers, as_text, flat, hash_ids, load_transform, write_arrow
 from trainer.errors import DataError, SlimrankError
 from trainer.files import new_directory, write_json
@@ -37,14 +52,25 @@ from trainer.progress import ReportProgress
 
 ROW_GROUP_ROWS = 16_384  # a training rank holds some row groups of each of its lanes at once
 SAMPLE_ROWS = 256
+MERGE_ITEMS = 8  # parts of the item catalogue that are held before they are merged
 
 
 @dataclass(frozen=True)
 class Splitter:
-    """Which split each row of a fragment falls into."""
+    """Which split each row of a fragment falls into.
+
+    Where rows were cleaned, `starts` counts the rows left before each fragment and `duplicates` is the folder that says
+    which are repeated.
+    """
 
     data: DataConfig
     cuts: tuple[float, float] = (0.0, 0.0)
+    starts: tuple[int, ...] | None = None
+    duplicates: Path | None = None
+
+    def read(self, fragment: Fragment) -> Part:
+        """The fragment's rows that break no rule."""
+        return read_part(fragment, self.data, self.duplicates)
 
     def assign(self, raw: pa.Table, fragment: Fragment) -> np.ndarray:
         """Split index (N,) int8: 0 train, 1 val, 2 test. Raises: DataError for a word that names no split."""
@@ -61,7 +87,8 @@ class Splitter:
         if self.data.split.by == "timestamp":
             position = timestamps(raw, self.data)
         else:
-            position = np.arange(fragment.start, fragment.start + len(raw), dtype=np.float64)
+            start = fragment.start if self.starts is None else self.starts[fragment.index]
+            position = np.arange(start, start + len(raw), dtype=np.float64)
         return np.searchsorted(np.asarray(self.cuts), position, side="right").astype(np.int8)
 
 
@@ -80,37 +107,23 @@ def timestamps(raw: pa.Table, data: DataConfig) -> np.ndarray:
     return times
 
 
-def read_labels(raw: pa.Table, data: DataConfig) -> np.ndarray:
-    """Labels (N, T) float32, NaN where the log has none. Raises: DataError for values that are neither 0 nor 1."""
-    columns = []
-    for task in data.tasks:
-        values = as_numbers(flat(raw[task.column]), task.column)
-        known = ~np.isnan(values)
-        if task.positive is not None:
-            bound = parse_comparison(task.positive)[1]
-            values = np.where(known, comparison(task.positive)(values, bound), np.nan)
-        elif not np.isin(values[known], (0.0, 1.0)).all():
-            seen = values[known][~np.isin(values[known], (0.0, 1.0))][0]
-            raise DataError(
-                f"task {task.name!r}: column {task.column!r} holds {seen:g}, a label is 0 or 1: "
-                f"say which values are positive, such as positive: '>= 4'"
-            )
-        columns.append(values.astype(np.float32))
-    return np.stack(columns, axis=1)
-
-
 # -- the passes: functions of one fragment ---------------------------------------------------------------------------
 
 
-def _observe_times(fragment: Fragment, data: DataConfig) -> np.ndarray:
-    return timestamps(fragment.read([str(data.timestamp)]), data)
+def _observe_times(fragment: Fragment, splitter: Splitter, brackets: Sequence[Bracket]) -> list[Bracket]:
+    data = splitter.data
+    raw = splitter.read(fragment).raw if data.clean.columns else fragment.read([str(data.timestamp)])
+    times = timestamps(raw, data)
+    return [replace(bracket).observe(times) for bracket in brackets]
 
 
 def _observe_rows(fragment: Fragment, splitter: Splitter) -> FitStats:
-    data = splitter.data
-    raw = fragment.read(data.columns)
-    training = (splitter.assign(raw, fragment) == 0) & ~np.isnan(read_labels(raw, data)).any(axis=1)
-    return observe(raw.filter(pa.array(training)), data, seed=fragment.index)
+    data, part = splitter.data, splitter.read(fragment)
+    labels = read_labels(part.raw, data)
+    training = (splitter.assign(part.raw, fragment) == 0) & ~np.isnan(labels).any(axis=1)
+    if data.sample_negatives is not None:
+        training &= kept_negatives(labels, part.numbers, data.sample_negatives)
+    return observe(part.raw.filter(pa.array(training)), data, seed=fragment.index)
 
 
 @dataclass
@@ -122,19 +135,25 @@ class Written:
     lookups: dict[str, list[tuple[np.ndarray, np.ndarray]]] = field(default_factory=dict)
     unknown: dict[str, dict[str, int]] = field(default_factory=lambda: {s: {} for s in SPLITS})
     dropped: int = 0
+    cleaned: Dropped = field(default_factory=Dropped)
+    before_sampling: np.ndarray = field(default_factory=lambda: np.zeros(2, dtype=np.int64))  # rows, positives
     items: pa.Table | None = None
     sample: pa.Table | None = None
 
 
 def _write_rows(fragment: Fragment, splitter: Splitter, transform: Transform, folder: Path) -> Written:
-    data = splitter.data
-    raw = fragment.read(data.columns)
+    data, part = splitter.data, splitter.read(fragment)
+    raw = part.raw
     labels = read_labels(raw, data)
     labelled = ~np.isnan(labels).any(axis=1)
     split_of = splitter.assign(raw, fragment)
-    written = Written(dropped=int((~labelled).sum()), items=_seen_items(raw, data, fragment))
+    written = Written(dropped=int((~labelled).sum()), cleaned=part.dropped, items=_seen_items(raw, data, fragment))
     for index, split in enumerate(SPLITS):
-        chosen = np.flatnonzero((split_of == index) & labelled)
+        wanted = (split_of == index) & labelled
+        if split == "train" and data.sample_negatives is not None:
+            written.before_sampling = np.array([wanted.sum(), (labels[wanted, 0] != 0).sum()])
+            wanted &= kept_negatives(labels, part.numbers, data.sample_negatives)
+        chosen = np.flatnonzero(wanted)
         if not len(chosen):
             continue
         rows = raw.take(pa.array(chosen))
@@ -151,7 +170,8 @@ def _write_rows(fragment: Fragment, splitter: Splitter, transform: Transform, fo
                 table_name = transform.sparse[name].table_name
                 written.lookups.setdefault(table_name, []).append(np.unique(ragged.values, return_counts=True))
         if split == "val":
-            written.sample = rows.slice(0, SAMPLE_ROWS)
+            # taken, not sliced: a slice would travel with all the rows that it was cut from
+            written.sample = rows.take(pa.array(np.arange(min(SAMPLE_ROWS, len(rows)))))
     written.lookups = {k: [sum_counts(v)] for k, v in written.lookups.items()}
     return written
 
@@ -215,23 +235,23 @@ def prepare(run: RunConfig, out: Path, progress: ReportProgress, continue_from: 
     data, dim = run.data, run.model.embedding_dim
     old = None if continue_from is None else load_transform(Path(continue_from).absolute())
     if old is not None:
-        check_extends(old, data, dim)
+        check_extends(old, data)
     started = time.monotonic()
     with new_directory(Path(out)) as staging:
         fragments = fragments_of(_as_parquet(find_files(data), data, staging, progress), data)
-        splitter = _fit_splitter(fragments, data, progress)
+        splitter = _fit_splitter(fragments, data, progress, staging)
         stats = FitStats()
-        for part in _map(partial(_observe_rows, splitter=splitter), fragments, "fit", progress):
-            stats.merge(part)
+        for fitted in _map(partial(_observe_rows, splitter=splitter), fragments, "fit", progress):
+            stats.merge(fitted)
         if stats.rows == 0:
-            raise DataError("split train: no rows: check data.split against the log")
+            raise DataError("split train: no rows: check data.split and data.clean against the log")
         transform = fit_transform(stats, data, dim) if old is None else extend_transform(old, stats, data, dim)
         for split in SPLITS:
             (staging / split).mkdir()
         write = partial(_write_rows, splitter=splitter, transform=transform, folder=staging)
         manifest = _finish(_map(write, fragments, "encode", progress), transform, data, staging)
         manifest["name"] = run.name
-        for path in staging.glob(".csv-*"):
+        for path in [*staging.glob(".csv-*"), *staging.glob(".duplicates-*")]:
             path.unlink()
         transform.save(staging)
         write_json(staging / "dataset.json", manifest)
@@ -239,6 +259,8 @@ def prepare(run: RunConfig, out: Path, progress: ReportProgress, continue_from: 
         "data": str(Path(out).absolute()),
         "rows": manifest["rows"],
         "dropped_without_label": manifest["dropped_without_label"],
+        "cleaned": manifest["cleaned"],
+        "negative_rate": manifest["negative_rate"],
         "positives": manifest["positives"],
         "tables": {
             t.name: {"num_embeddings": t.num_embeddings, "embedding_dim": t.embedding_dim}
@@ -248,57 +270,130 @@ def prepare(run: RunConfig, out: Path, progress: ReportProgress, continue_from: 
     }
 
 
+def fit_tables(run: RunConfig, progress: ReportProgress) -> Transform:
+    """The transform that `prepare` would fit, and nothing written; Ray must be connected.
+
+    Raises: DataError as `prepare` does.
+    """
+    data = run.data
+    with tempfile.TemporaryDirectory(prefix="slimrank-fit-") as staging:
+        fragments = fragments_of(_as_parquet(find_files(data), data, Path(staging), progress), data)
+        splitter = _fit_splitter(fragments, data, progress)
+        stats = FitStats()
+        for part in _map(partial(_observe_rows, splitter=splitter), fragments, "fit", progress):
+            stats.merge(part)
+    if stats.rows == 0:
+        raise DataError("split train: no rows: check data.split against the log")
+    return fit_transform(stats, data, run.model.embedding_dim)
+
+
 def _as_parquet(files: list, data: DataConfig, staging: Path, progress: ReportProgress) -> list:
     csv = [(i, f) for i, f in enumerate(files) if f.is_csv]
     if not csv:
         return files
     targets = {i: str(staging / f".csv-{i:05d}.parquet") for i, _ in csv}
     jobs = [(f.path, targets[i]) for i, f in csv]
-    _map(lambda job: csv_to_parquet(job[0], job[1], data), jobs, "read csv", progress)
+    for _ in _map(lambda job: csv_to_parquet(job[0], job[1], data), jobs, "read csv", progress):
+        pass
     return [replace(f, path=targets[i], is_csv=False) if f.is_csv else f for i, f in enumerate(files)]
 
 
-def _fit_splitter(fragments: Sequence[Fragment], data: DataConfig, progress: ReportProgress) -> Splitter:
-    first, second = data.split.fractions[0], data.split.fractions[0] + data.split.fractions[1]
-    if data.split.by == "timestamp":
-        times = np.sort(np.concatenate(_map(partial(_observe_times, data=data), fragments, "times", progress)))
-        at = [min(round(len(times) * f), len(times) - 1) for f in (first, second)]
-        return Splitter(data, (float(times[at[0]]), float(times[at[1]])))
+def _fit_splitter(
+    fragments: Sequence[Fragment], data: DataConfig, progress: ReportProgress, folder: Path | None = None
+) -> Splitter:
+    """The cuts between the splits; duplicates are left in `folder`."""
+    splitter = Splitter(data)
     rows = sum(f.rows for f in fragments)
-    return Splitter(data, (float(round(rows * first)), float(round(rows * second))))
+    if data.clean.columns:
+        left = _clean(fragments, data, progress, folder)
+        rows = sum(left)
+        starts = tuple(int(n) for n in np.cumsum([0, *left[:-1]]))
+        splitter = replace(splitter, starts=starts, duplicates=folder)
+        if rows == 0:
+            raise DataError(f"data.clean: no row of the log passes {data.clean.model_dump()}: check the rules")
+    shares = data.split.fractions[0], data.split.fractions[0] + data.split.fractions[1]
+    if data.split.by != "timestamp":
+        return replace(splitter, cuts=(float(round(rows * shares[0])), float(round(rows * shares[1]))))
+
+    def summarize(brackets: list[Bracket]) -> Iterator[list[Bracket]]:
+        return _map(partial(_observe_times, splitter=splitter, brackets=brackets), fragments, "times", progress)
+
+    first, second = values_at(shares, summarize)
+    return replace(splitter, cuts=(first, second))
 
 
-def _finish(parts: list[Written], transform: Transform, data: DataConfig, folder: Path) -> dict[str, Any]:
-    """Sum what the fragments gave back, check it, and write counts, catalogue and sample."""
-    files: dict[str, list] = {split: [f for p in parts for f in p.files[split]] for split in SPLITS}
-    rows: dict[str, int] = {split: sum(sum(f["row_groups"]) for f in files[split]) for split in SPLITS}
-    positives: dict[str, list[int]] = {
-        split: [int(x) for x in np.sum([p.positives.get(split, np.zeros(len(data.tasks))) for p in parts], axis=0)]
-        for split in SPLITS
-    }
-    check_splits(rows, positives, data)
+def _clean(fragments: Sequence[Fragment], data: DataConfig, progress: ReportProgress, folder: Path | None) -> list[int]:
+    """Rows of each fragment that break no rule; leaves in `folder` which are duplicates."""
+    keyed, left = [0], []
+    duplicates = data.clean.duplicates is not None
+    keys = np.empty(sum(f.rows for f in fragments) if duplicates else 0, dtype=np.uint64)
+    for found, rows in _map(partial(row_keys, data=data), fragments, "clean", progress):
+        left.append(rows)
+        if duplicates:
+            keys[keyed[-1] : keyed[-1] + len(found)] = found
+            keyed.append(keyed[-1] + len(found))
+    if duplicates:
+        assert folder is not None, "duplicates need a folder"
+        repeated = find_duplicates(keys[: keyed[-1]])
+        for index, fragment in enumerate(fragments):
+            own = repeated[keyed[index] : keyed[index + 1]]
+            write_duplicates(folder, fragment, own)
+            left[index] -= int(own.sum())
+    return left
+
+
+def _finish(parts: Iterable[Written], transform: Transform, data: DataConfig, folder: Path) -> dict[str, Any]:
+    """Sum what the fragments give back as it arrives, check it, and write counts, catalogue and sample."""
+    files: dict[str, list] = {split: [] for split in SPLITS}
+    positives = {split: np.zeros(len(data.tasks)) for split in SPLITS}
+    unknown = {split: dict.fromkeys(transform.sparse, 0) for split in SPLITS}
+    counts = {t.name: np.zeros(t.num_embeddings, dtype=np.int64) for t in transform.tables.values()}
+    cleaned, unlabelled, before = Dropped(), 0, np.zeros(2, dtype=np.int64)
+    items: list[pa.Table] = []
+    samples: list[pa.Table] = []
+    for part in parts:
+        for split in SPLITS:
+            files[split] += part.files[split]
+            positives[split] = positives[split] + part.positives.get(split, 0)
+            for name, number in part.unknown[split].items():
+                unknown[split][name] += number
+        for name, lookups in part.lookups.items():
+            for seen, times in lookups:
+                counts[name][seen] += times  # a part names each row once
+        cleaned.add(part.cleaned)
+        unlabelled += part.dropped
+        before += part.before_sampling
+        if part.items is not None:
+            items.append(part.items)
+        if len(items) > MERGE_ITEMS:
+            items = [_last_seen(pa.concat_tables(items, promote_options="permissive"))]
+        if part.sample is not None and sum(len(s) for s in samples) < SAMPLE_ROWS:
+            samples.append(part.sample)
+    rows_of: dict[str, int] = {split: sum(sum(f["row_groups"]) for f in files[split]) for split in SPLITS}
+    positives_of: dict[str, list[int]] = {split: [int(x) for x in positives[split]] for split in SPLITS}
+    check_splits(rows_of, positives_of, data)
     (folder / "counts").mkdir()
-    for table in transform.tables.values():
-        keys, counts = sum_counts([c for p in parts for c in p.lookups.get(table.name, [])])
-        full = np.zeros(table.num_embeddings, dtype=np.int64)
-        full[keys.astype(np.int64)] = counts
-        write_arrow(pa.table({"count": full}), folder / "counts" / f"{table.name}.arrow")
-    items = [p.items for p in parts if p.items is not None]
+    for name, full in counts.items():
+        write_arrow(pa.table({"count": full}), folder / "counts" / f"{name}.arrow")
     if items:
         catalogue = _last_seen(pa.concat_tables(items, promote_options="permissive"))
         pq.write_table(catalogue.drop_columns(["_key", "_when"]), folder / "items.parquet")
-    samples = [p.sample for p in parts if p.sample is not None]
     pq.write_table(
         pa.concat_tables(samples, promote_options="permissive").slice(0, SAMPLE_ROWS), folder / "sample.parquet"
     )
+    sampled = data.sample_negatives is not None
     return {
         "format_version": FORMAT_VERSION,
-        "rows": rows,
-        "positives": positives,
-        "dropped_without_label": sum(p.dropped for p in parts),
-        "unknown_ids": {
-            split: {f: sum(p.unknown[split].get(f, 0) for p in parts) for f in transform.sparse} for split in SPLITS
+        "rows": rows_of,
+        "positives": positives_of,
+        "dropped_without_label": unlabelled,
+        "cleaned": counts_of(cleaned),
+        "negative_rate": data.sample_negatives if sampled else 1.0,
+        "train_before_sampling": {
+            "rows": int(before[0]) if sampled else rows_of["train"],
+            "positives": [int(before[1])] if sampled else positives_of["train"],
         },
+        "unknown_ids": unknown,
         "fingerprint": transform.fingerprint(),
         "extends": transform.lineage[-1] if transform.lineage else None,
         "lineage": list(transform.lineage),
@@ -320,8 +415,8 @@ def check_splits(rows: dict[str, int], positives: dict[str, list[int]], data: Da
                 )
 
 
-def _map(function: Callable[[Any], Any], items: Sequence[Any], what: str, progress: ReportProgress) -> list[Any]:
-    """Run a function over items with Ray Data, results in the items' order; the first user error ends it.
+def _map(function: Callable[[Any], Any], items: Sequence[Any], what: str, progress: ReportProgress) -> Iterator[Any]:
+    """Run a function over items with Ray Data; results come in the items' order; the first user error ends it.
 
     Results travel pickled between this run's own workers; none of it is stored.
     """
@@ -329,6 +424,7 @@ def _map(function: Callable[[Any], Any], items: Sequence[Any], what: str, progre
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.execution_options.preserve_order = True
 
     def work(row: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -339,11 +435,14 @@ def _map(function: Callable[[Any], Any], items: Sequence[Any], what: str, progre
 
     blocks = ray.data.from_items([{"index": i} for i in range(len(items))], override_num_blocks=len(items))
     progress(what, 0, len(items))
-    results: list[Any] = [None] * len(items)
+    early: dict[int, Any] = {}  # what came before its turn
+    given = 0
     for done, row in enumerate(blocks.map(work).iter_rows(), start=1):
-        result = pickle.loads(row["result"])
-        if isinstance(result, SlimrankError):
-            raise result
-        results[row["index"]] = result
+        early[row["index"]] = pickle.loads(row["result"])
         progress(what, done, len(items))
-    return results
+        while given in early:
+            result = early.pop(given)
+            given += 1
+            if isinstance(result, SlimrankError):
+                raise result
+            yield result

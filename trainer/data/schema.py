@@ -203,6 +203,32 @@ class Ids(Config):
     group: str | None = None
 
 
+class Clean(Config):
+    """Rows that do not belong: repeated, out of range, or without a value that they must have.
+
+    `duplicates`: rows that agree in all of these columns; the first in log order stays. `ranges`: [low, high] of a
+    number, either end null; a missing value passes. `required`: columns that must have a value.
+    """
+
+    duplicates: list[str] | None = Field(default=None, min_length=1)
+    ranges: dict[str, tuple[float | None, float | None]] = Field(default_factory=dict)
+    required: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _ranges_hold_something(self) -> Clean:
+        for column, (low, high) in self.ranges.items():
+            if low is None and high is None:
+                raise ValueError(f"ranges: {column!r} has neither end: give [low, high], one of which may be null")
+            if low is not None and high is not None and not low <= high:
+                raise ValueError(f"ranges: {column!r} [{low:g}, {high:g}] holds no number: low must not exceed high")
+        return self
+
+    @property
+    def columns(self) -> list[str]:
+        """Every column that a rule looks at, in the order the rules are applied."""
+        return list(dict.fromkeys([*self.required, *self.ranges, *(self.duplicates or [])]))
+
+
 class DataConfig(Config):
     """The data section: a user brings a Parquet or CSV log and this schema, and no code."""
 
@@ -214,6 +240,8 @@ class DataConfig(Config):
     ids: Ids = Ids()
     title: str | None = None
     min_count: int = Field(default=2, ge=1)
+    clean: Clean = Clean()
+    sample_negatives: float | None = Field(default=None, gt=0, le=1)
     tasks: list[Task] = Field(min_length=1)
     features: list[Feature] = Field(min_length=1)
 
@@ -226,6 +254,11 @@ class DataConfig(Config):
         tasks = [t.name for t in self.tasks]
         if len(set(tasks)) != len(tasks):
             raise ValueError(f"task names {tasks} must be unique")
+        if self.sample_negatives is not None and len(tasks) > 1:
+            raise ValueError(
+                f"sample_negatives {self.sample_negatives:g}: a row has {len(tasks)} labels ({', '.join(tasks)}), so "
+                f"none is a negative: use it with one task"
+            )
         if self.split.by == "timestamp" and self.timestamp is None:
             raise ValueError("split by timestamp needs 'timestamp': the column that holds the time of each row")
         if (self.input is None) == (self.split.files is None):
@@ -278,4 +311,5 @@ class DataConfig(Config):
         extra = [self.timestamp, self.ids.user, self.ids.item, self.ids.group, self.title, self.split.column]
         wanted = [c for f in self.features for c in columns_of(f)] + [t.column for t in self.tasks]
         wanted += [c for c in extra if c]
+        wanted += self.clean.columns
         return list(dict.fromkeys(wanted))
