@@ -463,7 +463,7 @@ def after_evaluation(run: RunConfig, position: Position, ne: float, epoch_done: 
         scale, stale_lr = scale * train.plateau.factor, 0
     position = replace(
         position,
-        best_ne=min(ne, position.best_ne),
+        best_ne=ne if better else position.best_ne,  # min() would keep a NaN
         stale_evals=0 if better else position.stale_evals + 1,
         lr_scale=scale,
         stale_lr=stale_lr,
@@ -478,8 +478,12 @@ def after_evaluation(run: RunConfig, position: Position, ne: float, epoch_done: 
 
 
 def keep_score(metrics: dict[str, Any], stage: int, stages: int) -> float:
-    """What checkpoints are kept by, lower first: the validation NE, those of earlier stages behind all of the last."""
-    return mean_ne(metrics) + 1000.0 * (stages - 1 - stage)
+    """What checkpoints are kept by, lower first: the validation NE, those of earlier stages behind all of the last.
+
+    One that diverged (NE is no number) is the first to go.
+    """
+    ne = mean_ne(metrics)
+    return math.inf if math.isnan(ne) else ne + 1000.0 * (stages - 1 - stage)
 
 
 class Pace:

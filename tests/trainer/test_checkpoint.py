@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import resource
+from collections.abc import Iterator
 from dataclasses import asdict
 
 import numpy as np
@@ -13,8 +16,18 @@ from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, init_f
 from trainer_builders import fitted, make_run, random_log, shard
 
 from trainer import checkpoint as checkpoint_module
-from trainer.checkpoint import MANIFEST, Position, load_into, open_checkpoint, resolve, save_checkpoint, training_state
+from trainer.checkpoint import (
+    MANIFEST,
+    Position,
+    load_into,
+    open_checkpoint,
+    resolve,
+    save_checkpoint,
+    training_state,
+    write_tensors,
+)
 from trainer.data.batch import to_batch
+from trainer.data.transform import OOV_ROW
 from trainer.errors import CheckpointError, SlimrankError
 from trainer.files import sha256, write_json
 from trainer.step import Loss, train_step
@@ -341,6 +354,171 @@ def test_checkpoint_of_a_smaller_model_is_refused(trained):
     model, optimizer = shard(run, trained[3], seed=0)
     with pytest.raises(CheckpointError, match=r"lacks dense/head\.crosses\.2\.down\.weight and \d+ more"):
         load_into(training_state(model, optimizer), open_checkpoint(trained[2]))
+
+
+def test_altered_header_is_refused(trained):
+    """The files are as they were written; what the manifest says of them is not."""
+    path = trained[2] / MANIFEST
+    whole = json.loads(path.read_text())
+    for key, value in (("metrics", {"ne": 0.1}), ("fingerprint", "abd"), ("world_size", 2)):
+        path.write_text(json.dumps(whole | {key: value}))
+        with pytest.raises(CheckpointError, match=rf"{MANIFEST}: altered since it was written"):
+            open_checkpoint(trained[2], verify=False)
+    whole["tensors"]["tables/user/weight"]["parts"][0]["offsets"] = [1, 0]
+    path.write_text(json.dumps(whole))
+    with pytest.raises(CheckpointError, match="altered since it was written"):
+        open_checkpoint(trained[2])
+
+
+def test_manifest_without_its_digest_is_refused(trained):
+    path = trained[2] / MANIFEST
+    manifest = json.loads(path.read_text())
+    del manifest["digest"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="altered since it was written"):
+        open_checkpoint(trained[2])
+
+
+def test_manifest_laid_out_anew_is_the_same(trained):
+    """Order of keys and white space are not what it says."""
+    path = trained[2] / MANIFEST
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(reversed(manifest.items())), indent=7))
+    assert open_checkpoint(trained[2]).position == POSITION
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write_bytes", [1, 7, 16 << 20])
+def test_written_tensors_are_read_by_the_safetensors_library(tmp_path, monkeypatch, write_bytes):
+    monkeypatch.setattr(checkpoint_module, "WRITE_BYTES", write_bytes)
+    tensors = {
+        "tables/t/weight@0,0": torch.randn(5, 3),
+        "no rows": torch.zeros(0, 4),
+        "a number": torch.tensor(7.5),
+        "half": torch.randn(3).half(),
+        "bf16": torch.randn(2, 2).bfloat16(),
+        "double": torch.randn(1, dtype=torch.float64),
+        "whole": torch.tensor([2**62, -1]),
+        "naïve ✓": torch.ones(1),
+    }
+    digest = write_tensors(tmp_path / "x.safetensors", tensors)
+    assert digest == sha256(tmp_path / "x.safetensors")
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
+        assert torch.equal(found[name], tensor), name
+
+
+def test_file_without_tensors_is_one_too(tmp_path):
+    write_tensors(tmp_path / "x.safetensors", {})
+    assert load_file(tmp_path / "x.safetensors") == {}
+
+
+STATE = {"tables/t/weight": torch.arange(4000.0).view(1000, 4), "dense/w": torch.ones(3)}
+
+
+def test_saving_leaves_no_partial_folder_and_replaces_one_that_was_left(tmp_path):
+    partial = tmp_path / ".step-1.partial"
+    partial.mkdir()
+    (partial / "rank-00007.safetensors").write_bytes(b"of a run that was killed")
+    save_checkpoint(tmp_path / "step-1", STATE, HEADER, 0, 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
+    assert {p.name for p in (tmp_path / "step-1").iterdir()} == {MANIFEST, "dense.safetensors"}
+    save_checkpoint(tmp_path / "step-1", STATE | {"dense/w": torch.zeros(3)}, HEADER, 0, 1)
+    assert open_checkpoint(tmp_path / "step-1").read("dense/w").tolist() == [0, 0, 0]
+
+
+@contextlib.contextmanager
+def files_of_at_most(limit: int) -> Iterator[None]:
+    """This process's files may grow no further, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("limit", [0, 9000, 20_000], ids=["at once", "within tensors", "within the manifest"])
+@pytest.mark.parametrize("name", ["step-2", "step-1"])
+def test_save_that_fails_half_way_leaves_the_ones_before_whole(tmp_path, limit, name):
+    save_checkpoint(tmp_path / "step-1", STATE, HEADER, 0, 1)
+    header = HEADER | {"plan": {"text": "x" * 40_000}}
+    with pytest.raises(CheckpointError) as error, files_of_at_most(limit):
+        save_checkpoint(tmp_path / name, STATE, header, 0, 1)
+    assert str(error.value).startswith(f"{tmp_path / name}: ")
+    assert "File too large: free space or choose another --out, then go on with --resume" in str(error.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
+    assert torch.equal(open_checkpoint(tmp_path / "step-1").read("tables/t/weight"), STATE["tables/t/weight"])
+    save_checkpoint(tmp_path / name, STATE, header, 0, 1)
+    assert open_checkpoint(tmp_path / name).manifest["plan"] == header["plan"]
+
+
+def test_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(CheckpointError, match=r"step-1: rank 0 cannot write the checkpoint: .*free space or choose"):
+        save_checkpoint(tmp_path / "run" / "step-1", STATE, HEADER, 0, 1)
+    assert (tmp_path / "run").read_text() == "a file"
+
+
+# -- growing ---------------------------------------------------------------------------------------------------------
+
+
+def grown(tmp_path, stored: dict[str, torch.Tensor], live: dict[str, torch.Tensor], grow: bool = True) -> None:
+    save_checkpoint(tmp_path / "saved", stored, HEADER, 0, 1)
+    load_into(live, open_checkpoint(tmp_path / "saved"), grow=grow)
+
+
+@pytest.mark.parametrize("read_rows", [2, 3, 1 << 20])
+def test_new_rows_start_as_the_out_of_vocabulary_row(tmp_path, monkeypatch, read_rows):
+    monkeypatch.setattr(checkpoint_module, "READ_ROWS", read_rows)
+    weight, momentum = torch.randn(5, 4), torch.rand(5)
+    live = {"tables/t/weight": torch.full((8, 4), 9.0), "tables/t/momentum1": torch.zeros(8)}
+    grown(tmp_path, {"tables/t/weight": weight, "tables/t/momentum1": momentum}, live)
+    assert torch.equal(live["tables/t/weight"], torch.cat([weight, weight[OOV_ROW].expand(3, 4)]))
+    assert torch.equal(live["tables/t/momentum1"], torch.cat([momentum, torch.zeros(3)]))
+
+
+def test_new_columns_keep_what_they_have(tmp_path):
+    weight, momentum = torch.randn(5, 4), torch.rand(5, 4)
+    start = torch.randn(5, 8)
+    live = {"tables/t/weight": start.clone(), "tables/t/momentum1": torch.zeros(5, 8)}
+    grown(tmp_path, {"tables/t/weight": weight, "tables/t/momentum1": momentum}, live)
+    assert torch.equal(live["tables/t/weight"], torch.cat([weight, start[:, 4:]], dim=1))
+    assert torch.equal(live["tables/t/momentum1"], torch.cat([momentum, torch.zeros(5, 4)], dim=1))
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("live", [(0, 3), (0, 6), (1, 2), (1, 4), (1, 6)])
+def test_tables_grow_in_both_ways_whatever_their_shards(tmp_path, live):
+    weight, start = torch.randn(5, 4), torch.randn(7, 8)
+    expected = start.clone()
+    expected[:5, :4] = weight
+    expected[5:, :4] = weight[OOV_ROW]
+    state = {"tables/t/weight": in_shards(start, *live)}
+    grown(tmp_path, {"tables/t/weight": weight}, state)
+    for got, want in zip(
+        state["tables/t/weight"].local_shards(), in_shards(expected, *live).local_shards(), strict=True
+    ):
+        assert torch.equal(got.tensor, want.tensor)
+
+
+@pytest.mark.parametrize(
+    ("key", "stored", "live", "grow"),
+    [
+        ("tables/t/weight", (5, 4), (6, 4), False),
+        ("tables/t/weight", (5, 4), (4, 4), True),
+        ("tables/t/weight", (5, 4), (6, 2), True),
+        ("dense/w", (5, 4), (6, 4), True),
+        ("tables/t/momentum1", (5,), (5, 4), True),
+    ],
+)
+def test_other_shapes_are_refused(tmp_path, key, stored, live, grow):
+    with pytest.raises(CheckpointError, match=rf"{key} is \({stored[0]},.*\), this model has \({live[0]},"):
+        grown(tmp_path, {key: torch.zeros(stored)}, {key: torch.zeros(live)}, grow)
 
 
 # -- finding ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""trainer/models: shapes, slow twins of both heads, and tables looked up in the features' order."""
+"""trainer/models: shapes, slow twins of all heads, and tables looked up in the features' order."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ from trainer.config import ModelConfig
 from trainer.data.batch import Batch, to_batch
 from trainer.models import build_head, build_ranker, head_shape, module_name, pooling_of
 from trainer.models.dcn import DCNHead
+from trainer.models.deepfm import DeepFMHead
 from trainer.models.dlrm import DLRMHead
-from trainer.models.ranker import HeadShape, Ranker, mlp
+from trainer.models.mmoe import MMoEHead
+from trainer.models.ranker import BatchNorm, HeadShape, Ranker, mlp
 
 MODELS = {
     "dlrm": ModelConfig(arch="dlrm", bottom_mlp=(6,), top_mlp=(7, 5), dropout=0.0),
     "dcn": ModelConfig(arch="dcn", cross_layers=2, cross_rank=3, top_mlp=(7, 5), dropout=0.0),
+    "deepfm": ModelConfig(arch="deepfm", top_mlp=(7, 5), dropout=0.0),
+    "mmoe": ModelConfig(arch="mmoe", experts=3, top_mlp=(7, 5), tower_mlp=(6,), dropout=0.0),
 }
 TWO_TASKS = [{"name": "click", "column": "label"}, {"name": "buy", "column": "label"}]
 NO_NUMBERS = [
@@ -147,6 +151,55 @@ def test_dcn_equals_its_formula(num_dense):
     torch.testing.assert_close(head(dense, pooled), head.out(torch.cat([x, head.deep(x0)], dim=1)))
 
 
+@pytest.mark.parametrize("num_dense", [0, 3])
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_deepfm_equals_its_formula(num_dense, tasks):
+    """Pairwise products summed pair by pair; features narrower than the widest are projected to it."""
+    torch.manual_seed(0)
+    head = DeepFMHead(MODELS["deepfm"], HeadShape(num_dense, (4, 8, 8), tasks))
+    dense, pooled = torch.randn(5, num_dense), torch.randn(5, 20)
+    expected = []
+    for x, p in zip(dense, pooled, strict=True):
+        vectors = [head.project[0].weight @ p[:4], p[4:12], p[12:]]
+        if num_dense:
+            vectors.append(head.dense_vector.weight @ x)
+        pairs = sum(vectors[i] * vectors[j] for i in range(len(vectors)) for j in range(i))
+        both = torch.cat([x, p])
+        expected.append(head.first_order.weight @ both + head.out(torch.cat([pairs, head.deep(both)])))
+    torch.testing.assert_close(head(dense, pooled), torch.stack(expected))
+
+
+@pytest.mark.parametrize("num_dense", [0, 3])
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_mmoe_equals_its_formula(num_dense, tasks):
+    """Each task's softmax gate mixes the shared experts; its own tower reads the mix."""
+    torch.manual_seed(0)
+    head = MMoEHead(MODELS["mmoe"], HeadShape(num_dense, (4, 8), tasks))
+    assert (len(head.experts), len(head.gates), len(head.towers)) == (3, tasks, tasks)
+    dense, pooled = torch.randn(5, num_dense), torch.randn(5, 12)
+    expected = []
+    for row in torch.cat([dense, pooled], dim=1):
+        logits = []
+        for task in range(tasks):
+            gate = (head.gates[task].weight @ row + head.gates[task].bias).exp()
+            mix = sum(gate[e] / gate.sum() * head.experts[e](row) for e in range(3))
+            logits.append(head.towers[task](mix) @ head.out.weight[task] + head.out.bias[task])
+        expected.append(torch.stack(logits))
+    torch.testing.assert_close(head(dense, pooled), torch.stack(expected))
+
+
+def test_tasks_of_mmoe_read_no_tower_but_their_own():
+    head = MMoEHead(MODELS["mmoe"], HeadShape(0, (4,), 2)).eval()
+    pooled = torch.randn(5, 4)
+    before = head(torch.zeros(5, 0), pooled)
+    with torch.no_grad():
+        head.towers[1][0].bias += 5.0
+        head.gates[1].bias[0] += 1.0
+    after = head(torch.zeros(5, 0), pooled)
+    assert torch.equal(after[:, 0], before[:, 0])
+    assert not torch.equal(after[:, 1], before[:, 1])
+
+
 def test_cross_rank_is_no_more_than_the_width():
     assert DCNHead(ModelConfig(cross_rank=64), HeadShape(0, (4,), 1)).crosses[0].down.weight.shape == (4, 4)
 
@@ -154,7 +207,7 @@ def test_cross_rank_is_no_more_than_the_width():
 @pytest.mark.parametrize("arch", MODELS)
 def test_head_without_hidden_layers_still_ranks(arch):
     head = build_head(
-        ModelConfig(arch=arch, top_mlp=(), cross_layers=0), fitted(random_log(80), make_run().data)
+        ModelConfig(arch=arch, top_mlp=(), tower_mlp=(), cross_layers=0), fitted(random_log(80), make_run().data)
     ).eval()
     assert head(torch.zeros(3, 3), torch.zeros(3, sum([8, 4, 4, 8, 8, 8]))).shape == (3, 1)
 
@@ -166,6 +219,36 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(layers(x), layers(x))
     layers.eval()
     assert torch.equal(layers(x), layers(x))
+
+
+@pytest.mark.parametrize("arch", MODELS)
+def test_batch_norm_reaches_every_architecture(arch):
+    model = MODELS[arch].model_copy(update={"batch_norm": True})
+    transform = fitted(random_log(80), make_run().data)
+    head = build_head(model, transform)
+    norms = {n: m for n, m in head.named_modules() if isinstance(m, BatchNorm)}
+    assert {m.weight.shape[0] for m in norms.values()} >= {7, 5}
+    head.train()
+    head(torch.randn(30, 3), torch.randn(30, 40)).square().sum().backward()
+    assert [n for n, m in norms.items() if not m.bias.grad.abs().sum() > 0] == []
+    assert not any(isinstance(m, BatchNorm) for m in build_head(MODELS[arch], transform).modules())
+
+
+def test_tables_narrower_than_the_head_expects_read_as_zero_beyond():
+    run = make_run()
+    transform = fitted(random_log(80), run.data)
+    whole = build_ranker(run.model, transform, "cpu")
+    cut = build_ranker(run.model, transform, "cpu", dims={"user": 4})
+    with torch.no_grad():
+        cut.head.load_state_dict(whole.head.state_dict())
+        for name, bag in whole.embeddings.embedding_bags.items():
+            width = cut.embeddings.embedding_bags[name].weight.shape[1]
+            cut.embeddings.embedding_bags[name].weight.copy_(bag.weight[:, :width])
+            bag.weight[:, width:] = 0
+    batch = to_batch(transform.encode(random_log(20, seed=1)))
+    assert cut.embeddings.embedding_bags["t_user"].weight.shape[1] == 4
+    torch.testing.assert_close(cut(batch)[0], whole(batch)[0])
+    assert cut(batch)[1].shape[1] == whole(batch)[1].shape[1] - 4 == len(cut.l2_scale)
 
 
 def test_tables_start_within_their_bound():
