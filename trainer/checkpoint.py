@@ -130,10 +130,11 @@ def save_checkpoint(
     """
     partial = folder.with_name(f".{folder.name}.partial")
     told: tuple[dict, dict, str | None]
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while it wrote
+    if world_size > 1:
+        dist.barrier()
     try:
-        if rank == 0 and partial.exists():
-            shutil.rmtree(partial)  # of a run that was killed while it wrote
-        _barrier(world_size)
         partial.mkdir(parents=True, exist_ok=True)
         told = (*_write_parts(partial, state, rank), None)
     except OSError as error:
@@ -156,11 +157,6 @@ def save_checkpoint(
         problem = outcome[0]
     if problem is not None:
         raise CheckpointError(f"{problem}: free space or choose another --out, then go on with --resume")
-
-
-def _barrier(world_size: int) -> None:
-    if world_size > 1:
-        dist.barrier()
 
 
 def _commit(partial: Path, folder: Path, header: Mapping[str, Any], gathered: list[Any]) -> None:

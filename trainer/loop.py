@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -421,7 +422,8 @@ def check_seen(reader: Reader, seen: int, order: int) -> None:
 
 def seed_step(seed: int, position: Position, rank: int) -> None:
     """Dropout depends on the step and the rank alone, so a resumed run drops what the whole run would have."""
-    torch.manual_seed(hash((seed, position.stage, position.epoch, position.batch, rank)) & 0x7FFF_FFFF_FFFF_FFFF)
+    words = np.random.SeedSequence([seed % 2**63, position.stage, position.epoch, position.batch, rank])
+    torch.manual_seed(int(words.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
 
 def evaluate_and_save(

@@ -11,10 +11,6 @@ from trainer_builders import make_run, run_content, write_run
 from trainer.config import Stage, TrainConfig, dump_run, load_run, parse_run
 from trainer.errors import ConfigError
 
-elastic = pytest.mark.xfail(  # Field(ge=1) of TrainConfig.workers is put to a Workers too: PositiveInt | Workers = 2
-    raises=TypeError, strict=True, reason="a valid range of workers ends in a TypeError of pydantic's"
-)
-
 
 def test_run_loads_and_is_frozen(tmp_path):
     run = load_run(write_run(tmp_path, run_content()))
@@ -173,7 +169,6 @@ def test_batch_rows_as_configured():
         pytest.param(
             {"workers": {"min": 1, "max": 8}, "batch_size": 4},
             "batch_size 4 is global: it must be 8 (workers) at least",
-            marks=elastic,
         ),
         ({"schedule": {"warmup_steps": -1}}, "schedule.warmup_steps: Input should be greater than or equal to 0"),
         ({"schedule": {"decay": "step"}}, "schedule.decay: Input should be 'none', 'linear' or 'cosine' (got 'step')"),
@@ -227,7 +222,6 @@ def test_task_weight_is_a_positive_number(weight):
         make_run(tasks=[{"name": "click", "column": "label", "weight": weight}])
 
 
-@elastic
 def test_workers_are_a_number_or_a_range():
     fixed, elastic = TrainConfig(workers=3), TrainConfig(workers={"min": 2, "max": 5})
     assert (fixed.min_workers, fixed.max_workers) == (3, 3)
@@ -266,7 +260,6 @@ def test_distill_that_is_no_mapping_gives_one_line(tmp_path):
     assert len(str(error.value).splitlines()) == 1
 
 
-@elastic
 def test_whole_run_of_new_keys_round_trips():
     train = {
         "workers": {"min": 1, "max": 2},

@@ -267,7 +267,7 @@ def checked(device: str = "cpu", world_size: int = 2, optimizer: str = "adagrad"
     ("asked", "words"),
     [
         ({"tables": {"usr": "row_wise"}}, r"train\.sharding\.tables\.usr: no such table: the tables are small, user"),
-        ({"default": "column_wise"}, r"table small: column_wise cannot cut embedding_dim 4.*multiple of 4"),
+        ({"tables": {"small": "column_wise"}}, r"table small: column_wise cannot cut embedding_dim 4.*multiple of 4"),
         (
             {"tables": {"user": {"type": "column_wise", "min_partition": 12}}},
             r"table user: .*embedding_dim 16.*12 \(min_partition\)",

@@ -433,14 +433,15 @@ def bag_weights(raw: pa.Table, feature: MultiFeature | SequenceFeature, lengths:
     weights = np.ones(int(lengths.sum()))
     if column is not None and column in raw.column_names:
         values, own = cut_bags(as_lists(_column(raw, column), column, feature.separator), feature)
-        if (own != lengths).any() and own.any():
-            row = int((own != lengths).argmax())
+        wrong = (own != lengths) & (own > 0)
+        if wrong.any():
+            row = int(wrong.argmax())
             raise DataError(
                 f"feature {feature.name!r}: row {row} has {lengths[row]} ids in {feature.source!r} and {own[row]} "
                 f"weights in {column!r}: give each id one weight"
             )
-        if own.any():
-            weights = np.nan_to_num(as_numbers(values, column), nan=1.0)
+        if own.any():  # a row without weights counts each id once
+            weights[np.repeat(own > 0, lengths)] = np.nan_to_num(as_numbers(values, column), nan=1.0)
             if (weights < 0).any():
                 raise DataError(f"column {column!r}: holds weight {weights.min():g}: weights are 0 or more")
     if feature.pooling == "mean":
