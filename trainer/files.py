@@ -48,8 +48,12 @@ def new_directory(out: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write a small text file so that a reader sees the old one or the new one, never half of it."""
     staging = path.with_name(f".{path.name}.{os.getpid()}")
-    staging.write_text(text, encoding="utf-8")
-    staging.replace(path)
+    try:
+        staging.write_text(text, encoding="utf-8")
+        staging.replace(path)
+    except OSError:
+        staging.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:

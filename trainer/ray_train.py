@@ -5,13 +5,14 @@ The loop itself is in trainer/loop.py, without Ray.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from trainer.checkpoint import MANIFEST, Checkpoint, Position, open_checkpoint, 
 from trainer.config import RunConfig, parse_run
 from trainer.data.dataset import Dataset, open_dataset
 from trainer.data.schema import encodings
-from trainer.errors import ConfigError, DataError, SlimrankError
+from trainer.errors import CheckpointError, ConfigError, DataError, SlimrankError
 from trainer.files import check_new, write_json
 from trainer.loop import Place, Worker, build_worker, keep_score, train_stages
 from trainer.metrics import mean_ne
@@ -35,6 +36,7 @@ from trainer.tracking import Tracker, check_tracking
 HEARTBEAT_S = 1.0
 RECOVERIES = "recoveries.jsonl"
 HEARTBEAT = ".heartbeat.json"
+RAY_RECORD = "checkpoint_manager_snapshot.json"
 
 
 class RayReporter:
@@ -90,7 +92,8 @@ class RayReporter:
         before = read_json(self.out / HEARTBEAT)
         now = {"samples": position.samples, "time": time.time()}
         last = now if committed else before.get("committed", {"samples": 0, "time": time.time()})
-        write_json(self.out / HEARTBEAT, {**now, "committed": last})
+        with contextlib.suppress(OSError):  # a full disk ends a run at its next checkpoint, not for this
+            write_json(self.out / HEARTBEAT, {**now, "committed": last})
 
     def recovered(self, position: Position, workers: int) -> None:
         """Record what going on from `position` costs, if the run had come further before it was interrupted."""
@@ -135,7 +138,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         context.get_local_world_size(),
         ray.train.torch.get_device(),
     )
-    found = last_checkpoint()
+    found = last_checkpoint(out)
     start = None if config["start"] is None else open_checkpoint(Path(config["start"]), verify=False)
     teacher = None if config["teacher"] is None else Path(config["teacher"])
     position = Position() if found is None else found.position
@@ -153,10 +156,10 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         worker, position, speed = train_stages(build, run, reporter, found, start)
     except ConfigError as error:  # every rank's, and the next attempt's too: Ray Train would try again and again
         return {"error": str(error)}
-    best = min(ray.train.get_all_reported_checkpoints(), key=lambda c: c.metrics["keep"])
-    worker.load(open_checkpoint(Path(best.checkpoint.path), verify=False))
+    best = best_checkpoint(out, len(run.train.all_stages))
+    worker.load(best)
     summary = {
-        "best": Path(best.checkpoint.path).name,
+        "best": best.folder.name,
         "val": worker.evaluate("val"),
         "test": worker.evaluate("test"),
         "plan": worker.plan,
@@ -170,10 +173,40 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     return summary
 
 
-def last_checkpoint() -> Checkpoint | None:
-    """The committed checkpoint that this run goes on from."""
-    found = ray.train.get_checkpoint()
-    return None if found is None else open_checkpoint(Path(found.path), verify=False)
+def checkpoints_in(out: Path) -> Iterator[Checkpoint]:
+    """The whole checkpoints of a run's folder, the newest first; their files are not verified yet.
+
+    A folder that has its name is whole (trainer/checkpoint.py), whether or not Ray Train came to record it: its own
+    record is one file written in place, which a full disk can leave torn.
+    """
+    for path in sorted(out.glob(f"step-*/{MANIFEST}"), reverse=True):
+        try:
+            yield open_checkpoint(path.parent, verify=False)
+        except CheckpointError:
+            continue
+
+
+def last_checkpoint(out: Path) -> Checkpoint | None:
+    """The checkpoint that a run goes on from."""
+    return next(checkpoints_in(out), None)
+
+
+def best_checkpoint(out: Path, stages: int) -> Checkpoint:
+    """The kept checkpoint with the lowest validation NE, among those of the last stage where there are some."""
+    return min(checkpoints_in(out), key=lambda c: keep_score(c.metrics, c.manifest["stage"], stages))
+
+
+def mend_records(out: Path, show: Callable[[dict[str, Any], list[Any]], None]) -> None:
+    """Put aside a record of Ray Train's that is torn: it would refuse to start, with every checkpoint whole."""
+    path = out / RAY_RECORD
+    if not path.exists():
+        return
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        path.replace(path.with_suffix(".torn"))
+        text = f"{path.name} is torn (a full disk?): put aside; going on from the newest checkpoint on disk"
+        show({}, [{"kind": "note", "text": text}])
 
 
 def over_ranks(value: Any, place: Place) -> list[Any]:
@@ -220,10 +253,9 @@ def train(
         check_continues(run, dataset, open_checkpoint(start))
     if not resume:
         check_new(out)
-    else:
-        check_resumes(
-            run, dataset, out
-        )  # nothing there yet: a supervisor starts a run with the command that resumes it
+    else:  # there may be nothing yet: a supervisor starts a run with the command that resumes it
+        mend_records(out, show)
+        check_resumes(run, dataset, out)
     before = read_json(out / "train.json").get("samples_per_s")
     use_gpu = ray.cluster_resources().get("GPU", 0) >= run.train.min_workers
     check_room(run.train.min_workers)
@@ -263,7 +295,12 @@ def train(
             result = fit_or_interrupt(trainer)
         except ray.train.v2.api.exceptions.TrainingFailedError as error:
             raise_user_error(error)
-            raise
+            if logging.getLogger().isEnabledFor(logging.INFO):
+                raise
+            raise SlimrankError(
+                f"{out}: training stopped: {cause_of(error)}: mend it, then go on with --resume from the last "
+                f"checkpoint (--debug shows the traceback)"
+            ) from None
     summary = dict(result.return_value)
     if "error" in summary:
         raise ConfigError(summary["error"])
@@ -300,10 +337,9 @@ def fit_or_interrupt(trainer: TorchTrainer) -> Any:
 
 def check_resumes(run: RunConfig, dataset: Dataset, out: Path) -> None:
     """Raises: ConfigError when the run in `out` has another model or data than the one to go on with."""
-    kept = sorted(p for p in out.glob("step-*") if (p / MANIFEST).exists())
-    if not kept:
+    checkpoint = last_checkpoint(out)
+    if checkpoint is None:
         return
-    checkpoint = open_checkpoint(kept[-1], verify=False)
     if checkpoint.run.model != run.model:
         was, now = checkpoint.run.model.model_dump(), run.model.model_dump()
         key = next(k for k in was if was[k] != now[k])
@@ -343,6 +379,16 @@ def raise_user_error(error: BaseException) -> None:
             if isinstance(cause, SlimrankError):
                 raise type(cause)(str(cause)) from None
             cause = cause.__cause__ or getattr(cause, "cause", None)
+
+
+def cause_of(error: BaseException) -> str:
+    """What ended a run, in one line: the last line of the innermost error."""
+    failures = getattr(error, "worker_failures", None) or {}
+    cause = next(iter(failures.values()), getattr(error, "controller_failure", error))
+    while (inner := cause.__cause__ or getattr(cause, "cause", None)) is not None:
+        cause = inner
+    lines = [line for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[-1].strip() if lines else 'no message'}"
 
 
 def check_fits(run: RunConfig, dataset: Dataset) -> None:
