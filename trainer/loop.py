@@ -42,7 +42,8 @@ from trainer.metrics import mean_ne
 from trainer.models import Ranker, build_ranker
 from trainer.optimizer import build_optimizer, fuse_table_optimizer, lr_factor, set_lr
 from trainer.precision import Precision, choose_precision, fp32, use_precision
-from trainer.sharding import describe_plan, make_plan, sharders
+from trainer.sharders import sharders
+from trainer.sharding import describe_plan, make_plan
 from trainer.step import Loss, Stepper
 
 EVAL_ROWS = 8192  # global rows of an evaluation batch

@@ -25,7 +25,8 @@ from trainer.errors import ConfigError
 from trainer.memory import measured_memory, plan_memory
 from trainer.models import build_ranker
 from trainer.optimizer import build_optimizer, fuse_table_optimizer
-from trainer.sharding import describe_plan, make_plan, sharders
+from trainer.sharders import sharders
+from trainer.sharding import describe_plan, make_plan
 from trainer.step import Loss, Stepper
 
 CPU = torch.device("cpu")

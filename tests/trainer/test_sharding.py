@@ -19,19 +19,18 @@ from trainer.machine import cgroup_limit, cores, cpu_quota, machine_memory_bytes
 from trainer.memory import plan_memory, state_bytes
 from trainer.models import build_ranker
 from trainer.optimizer import fuse_table_optimizer
+from trainer.sharders import filled_up, sharders
 from trainer.sharding import (
     Need,
     allowed_types,
     check_sharding,
     column_width,
     describe_plan,
-    filled_up,
     leaves_empty_shards,
     make_plan,
     misfit,
     misfit_list,
     readable,
-    sharders,
 )
 
 shard_warnings = pytest.mark.filterwarnings(  # TorchRec 1.8 wraps the head in torch 2.13's DDP with its former argument

@@ -28,7 +28,8 @@ from trainer.data.transform import Transform
 from trainer.files import write_json
 from trainer.models import build_ranker
 from trainer.optimizer import build_optimizer, fuse_table_optimizer
-from trainer.sharding import make_plan, sharders
+from trainer.sharders import sharders
+from trainer.sharding import make_plan
 
 CPU = torch.device("cpu")
 
