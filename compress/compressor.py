@@ -103,8 +103,10 @@ def pack_tables(
 def data_of(checkpoint: Checkpoint, dataset: Dataset) -> Dataset:
     """The prepared data a checkpoint was trained on, its tables as wide as the checkpoint's.
 
-    Raises: DataError unless the checkpoint was trained on this prepared data.
+    Raises: DataError unless the checkpoint was trained on this prepared data; CheckpointError for one of an earlier
+    training stage.
     """
+    checkpoint.check_whole()
     if checkpoint.fingerprint != dataset.transform.fingerprint():
         raise DataError(
             f"{dataset.folder}: not the prepared data that {checkpoint.folder} was trained on: give that one to --data"

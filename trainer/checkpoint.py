@@ -358,6 +358,13 @@ class Checkpoint:
             "files": self.manifest["files"],
         }
 
+    def check_whole(self) -> None:
+        """Raises: CheckpointError where an earlier stage wrote it: its tables are narrower than the model's."""
+        if self.manifest["table_dims"] != self.run.table_dims():
+            raise CheckpointError(
+                f"{self.folder}: of an earlier training stage, whose tables are narrower: use one of the last stage"
+            )
+
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Raises: CheckpointError naming the first file that is absent or differs from what was written.
 

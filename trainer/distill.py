@@ -26,7 +26,8 @@ SCORE_ROWS = 8192
 
 
 def check_teacher(checkpoint: Checkpoint, run: RunConfig, dataset: Dataset) -> None:
-    """Raises: DataError unless a teacher scores these very rows."""
+    """Raises: DataError unless a teacher scores these very rows; CheckpointError for one of an earlier stage."""
+    checkpoint.check_whole()
     if checkpoint.fingerprint != dataset.transform.fingerprint():
         raise DataError(
             f"train.distill.teacher: {checkpoint.folder} was not trained on {dataset.folder}: train the teacher there"

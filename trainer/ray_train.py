@@ -356,8 +356,11 @@ def check_continues(run: RunConfig, dataset: Dataset, checkpoint: Checkpoint) ->
     """Raises: SlimrankError when a checkpoint cannot be trained on with this run and data."""
     if checkpoint.run.model != run.model or checkpoint.run.table_dims() != run.table_dims():
         raise ConfigError(f"{checkpoint.folder}: of another model than the config's: use the model section it has")
-    if checkpoint.manifest["table_dims"] != run.table_dims():
-        raise ConfigError(f"{checkpoint.folder}: of an earlier training stage: continue from one of the last stage")
+    checkpoint.check_whole()
+    if run.table_dims(0) != run.table_dims():
+        raise ConfigError(
+            f"train.stages: the first would cut the tables of {checkpoint.folder}: leave out its embedding_dim"
+        )
     for key in ("table_optimizer", "dense_optimizer"):
         was, now = getattr(checkpoint.run.train, key), getattr(run.train, key)
         if was != now:

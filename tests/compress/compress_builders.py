@@ -164,6 +164,7 @@ def save_random_checkpoint(run: RunConfig, dataset: Dataset, folder: Path, seed:
     header = {
         "run": run.model_dump(mode="json"),
         "fingerprint": dataset.transform.fingerprint(),
+        "table_dims": run.table_dims(),
         "position": asdict(Position(samples=dataset.rows("train"), best_ne=0.9)),
         "metrics": {"ne": 0.9},
         "plan": {},

@@ -16,7 +16,7 @@ from trainer.checkpoint import Checkpoint, Position, open_checkpoint, save_check
 from trainer.config import RunConfig
 from trainer.data.dataset import Dataset
 from trainer.data.schema import Split
-from trainer.errors import ConfigError, DataError, SlimrankError
+from trainer.errors import CheckpointError, ConfigError, DataError, SlimrankError
 from trainer.ray_train import check_continues, check_fits, check_resumes, check_room, raise_user_error
 
 
@@ -118,7 +118,7 @@ def test_continuing_needs_the_same_model_and_known_data(tmp_path):
     with pytest.raises(ConfigError, match=r"holds the state of train\.table_optimizer rowwise_adagrad"):
         check_continues(make_run(train={"table_optimizer": "sgd"}), dataset, checkpoint)
     early = saved(tmp_path / "early", make_run(), dataset, table_dims={"user": 4})
-    with pytest.raises(ConfigError, match="of an earlier training stage"):
+    with pytest.raises(CheckpointError, match="of an earlier training stage"):
         check_continues(make_run(), dataset, early)
     with pytest.raises(DataError, match=r"prepare the new data with --continue-from"):
         check_continues(make_run(), make_dataset(tmp_path / "other", 30), checkpoint)
