@@ -111,11 +111,6 @@ def data_of(checkpoint: Checkpoint, dataset: Dataset) -> Dataset:
         raise DataError(
             f"{dataset.folder}: not the prepared data that {checkpoint.folder} was trained on: give that one to --data"
         )
-    if checkpoint.manifest["table_dims"] != checkpoint.run.table_dims():
-        raise DataError(
-            f"{checkpoint.folder}: written in stage {checkpoint.manifest['stage']} of its training, with narrower tables "
-            f"than the model's: use a checkpoint of the last stage"
-        )
     return dataset.sized(checkpoint.run.data, checkpoint.run.model.embedding_dim)
 
 

@@ -37,6 +37,7 @@ from trainer.data.digest import epoch_digest
 from trainer.data.reader import LANES, Reader
 from trainer.errors import DataError
 from trainer.evaluation import ScoreBuffer, cpu_group, metrics_over_ranks, score_rows
+from trainer.machine import keep_freed_memory
 from trainer.memory import measured_memory, plan_memory
 from trainer.metrics import mean_ne
 from trainer.models import Ranker, build_ranker
@@ -273,6 +274,7 @@ def train_stages(
     start: Checkpoint | None,
 ) -> tuple[Worker, Position, Speed]:
     """Train from a checkpoint of this run (`found`), from another run's weights (`start`), or from nothing."""
+    keep_freed_memory()
     position = Position() if found is None else found.position
     stages = run.train.all_stages
     stage = min(position.stage, len(stages) - 1)

@@ -118,7 +118,7 @@ def dense_optimizer(params: Any, train: TrainConfig) -> torch.optim.Optimizer:
     if train.dense_optimizer == "adagrad":
         return torch.optim.Adagrad(params, lr=lr, weight_decay=decay, eps=1e-8)
     kind = torch.optim.AdamW if train.dense_optimizer == "adamw" else torch.optim.Adam
-    return kind(params, lr=lr, weight_decay=decay)
+    return kind(params, lr=lr, weight_decay=decay, fused=True)
 
 
 def check_table_optimizers(model: DistributedModelParallel, replicated: set[str], train: TrainConfig) -> None:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 from torch import Tensor
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from trainer_builders import data_of, fitted, make_run, random_log
 
 from trainer.config import ModelConfig
@@ -19,7 +19,7 @@ from trainer.models.dcn import DCNHead
 from trainer.models.deepfm import DeepFMHead
 from trainer.models.dlrm import DLRMHead
 from trainer.models.mmoe import MMoEHead
-from trainer.models.ranker import BatchNorm, HeadShape, Ranker, mlp
+from trainer.models.ranker import BatchNorm, Dropout, HeadShape, Ranker, in_order, mlp
 
 MODELS = {
     "dlrm": ModelConfig(arch="dlrm", bottom_mlp=(6,), top_mlp=(7, 5), dropout=0.0),
@@ -279,3 +279,43 @@ def test_feature_may_have_any_name_the_schema_allows(name):
     data = data_of({"name": name, "kind": "categorical"})
     ranker = build_ranker(ModelConfig(), fitted(pa.table({name: ["x", "x"]}), data), "cpu")
     assert list(ranker.embeddings.embedding_bags) == [module_name(name)] == [f"t_{name}"]
+
+
+# -- what makes a step cheap ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.2, 0.5])
+def test_dropout_zeroes_its_share_and_keeps_the_mean(dtype, p):
+    torch.manual_seed(0)
+    dropout, x = Dropout(p), torch.ones(1001, 403, dtype=dtype, requires_grad=True)
+    out = dropout(x)
+    assert out.dtype == dtype
+    assert (out == 0).float().mean().item() == pytest.approx(p, abs=0.004)  # 5 standard errors of 400k values
+    assert out.unique().tolist() == pytest.approx([0.0, 1 / (1 - p)], rel=1e-4)
+    for lane in range(4):  # four values share a draw: none may be more likely to go than another
+        assert (out.reshape(-1)[lane::4] == 0).float().mean().item() == pytest.approx(p, abs=0.008)
+    out.float().sum().backward()
+    assert torch.equal(x.grad, out)
+
+
+def test_dropout_depends_on_the_seed_alone_and_does_nothing_in_evaluation():
+    dropout, x = Dropout(0.3), torch.randn(64, 7)
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(dropout(x))
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    assert torch.equal(dropout.eval()(x), x)
+
+
+@pytest.mark.parametrize("order", [["a", "b", "c"], ["c", "a", "b"]])
+def test_lookups_come_in_the_order_asked_for_with_their_gradients(order):
+    parts = {name: torch.randn(5, dim, requires_grad=True) for name, dim in (("a", 4), ("b", 8), ("c", 12))}
+    found = KeyedTensor(order, [parts[n].shape[1] for n in order], torch.cat([parts[n] for n in order], dim=1))
+    whole = in_order(found, ["a", "b", "c"])
+    assert torch.equal(whole, torch.cat(list(parts.values()), dim=1))
+    weights = torch.randn(5, 24)
+    (whole * weights).sum().backward()
+    assert torch.equal(torch.cat([p.grad for p in parts.values()], dim=1), weights)

@@ -35,13 +35,13 @@ class Ragged:
     def take(self, index: np.ndarray) -> Ragged:
         """The rows at `index`, in that order."""
         if self.lengths is None:
-            return replace(self, values=self.values[index])
+            return Ragged(self.values.take(index), None, None, self.positions)
         starts = np.cumsum(self.lengths, dtype=np.int64) - self.lengths
         lengths = self.lengths[index]
         first = np.repeat(starts[index], lengths)
         within = np.arange(lengths.sum(), dtype=np.int64) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         weights = None if self.weights is None else self.weights[first + within]
-        return replace(self, values=self.values[first + within], lengths=lengths, weights=weights)
+        return Ragged(self.values[first + within], lengths, weights, self.positions)
 
     def repeat(self, times: int) -> Ragged:
         """A single row repeated `times` times (a user's ids beside each of K candidates)."""
@@ -82,11 +82,11 @@ def concatenate_ragged(parts: Sequence[Ragged]) -> Ragged:
     """Rows of several parts of one feature, one after another."""
     lengths = [p.lengths for p in parts if p.lengths is not None]
     weights = [p.weights for p in parts if p.weights is not None]
-    return replace(
-        parts[0],
-        values=np.concatenate([p.values for p in parts]),
-        lengths=np.concatenate(lengths) if lengths else None,
-        weights=np.concatenate(weights) if weights else None,
+    return Ragged(
+        np.concatenate([p.values for p in parts]),
+        np.concatenate(lengths) if lengths else None,
+        np.concatenate(weights) if weights else None,
+        parts[0].positions,
     )
 
 

@@ -27,7 +27,7 @@ from trainer.data import encoded
 from trainer.data.batch import Batch, to_batch
 from trainer.data.dataset import DENSE, GROUP, LABELS, Dataset, SplitName
 from trainer.data.digest import row_digest
-from trainer.data.encoded import Encoded, from_columns
+from trainer.data.encoded import Encoded, Ragged, from_columns
 from trainer.data.transform import OOV_ROW, flat
 from trainer.errors import ConfigError, DataError
 
@@ -300,10 +300,16 @@ class Reader:
         if self.oov_rate == 0.0:
             return rows
         rng = np.random.default_rng((self.seed, epoch, batch, lane))
+        before = rows.encoded.sparse
+        draws = rng.random(sum(len(r.values) for r in before.values()), dtype=np.float32)
+        hit, at = draws < self.oov_rate, 0
         sparse = {}
-        for name, ragged in rows.encoded.sparse.items():
-            hit = rng.random(len(ragged.values), dtype=np.float32) < self.oov_rate
-            sparse[name] = replace(ragged, values=np.where(hit, OOV_ROW, ragged.values))
+        for name, ragged in before.items():
+            end = at + len(ragged.values)
+            values = ragged.values.copy()
+            values[hit[at:end]] = OOV_ROW
+            sparse[name] = Ragged(values, ragged.lengths, ragged.weights, ragged.positions)
+            at = end
         return replace(rows, encoded=replace(rows.encoded, sparse=sparse))
 
 

@@ -23,7 +23,8 @@ class LowRankCross(nn.Module):
 
     def forward(self, x0_BX: Tensor, x_BX: Tensor) -> Tensor:  # noqa: N803
         """(B, X) -> (B, X)."""
-        return torch.addcmul(x_BX, x0_BX, self.up(self.down(x_BX)))
+        crossed = self.up(self.down(x_BX)).to(x0_BX.dtype)
+        return (x0_BX * crossed).add_(x_BX)  # the gradient of addcmul would take two more products
 
 
 class DCNHead(Head):
