@@ -95,14 +95,8 @@ class Ranker(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits (B, T), and the looked-up embeddings (B, L) that regularisation looks at."""
         looked_up_BL = in_order(self.embeddings(batch.sparse), self.names)
-        return self.head(batch.dense, self.filled(looked_up_BL)), looked_up_BL
-
-    def filled(self, looked_up_BL: Tensor) -> Tensor:  # noqa: N803
-        """The lookups as wide as the head expects them."""
-        if not any(self.missing):
-            return looked_up_BL
-        parts = zip(looked_up_BL.split(self.dims, dim=1), self.missing, strict=True)
-        return torch.cat([F.pad(part, (0, missing)) for part, missing in parts], dim=1)
+        whole_BL = widened(looked_up_BL, self.dims, self.missing) if any(self.missing) else looked_up_BL
+        return self.head(batch.dense, whole_BL), looked_up_BL
 
 
 @torch.fx.wrap  # TorchRec's pipeline traces the model, and need not look in here
@@ -115,6 +109,13 @@ def in_order(found: KeyedTensor, names: list[str]) -> Tensor:
         return found.values()
     parts = found.to_dict()
     return torch.cat([parts[name] for name in names], dim=1)
+
+
+@torch.fx.wrap
+def widened(looked_up_BL: Tensor, dims: list[int], missing: list[int]) -> Tensor:  # noqa: N803
+    """Lookups of some dims, each followed by as many zeros as the head misses of it."""
+    parts = zip(looked_up_BL.split(dims, dim=1), missing, strict=True)
+    return torch.cat([F.pad(part, (0, zeros)) for part, zeros in parts], dim=1)
 
 
 class BatchNorm(nn.Module):
