@@ -16,6 +16,7 @@ from trainer.checkpoint import open_checkpoint
 from trainer.config import Distill, RunConfig
 from trainer.data.dataset import Dataset
 from trainer.distill import check_teacher, score_file
+from trainer.errors import DataError
 
 
 def score_with_teacher(
@@ -23,7 +24,7 @@ def score_with_teacher(
 ) -> Path:
     """The folder with a teacher's log-odds of the training rows; scored by Ray tasks where it is not there yet.
 
-    Raises: DataError when the teacher was trained on other prepared rows or tasks.
+    Raises: DataError when the teacher was trained on other prepared rows or tasks, or there is no writing beside them.
     """
     checkpoint = open_checkpoint(Path(distill.teacher))
     check_teacher(checkpoint, run, dataset)
@@ -31,7 +32,13 @@ def score_with_teacher(
     if (folder / "teacher.json").exists():
         return folder
     staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    (staging / "train").mkdir(parents=True)
+    try:
+        (staging / "train").mkdir(parents=True)
+    except OSError as error:
+        raise DataError(
+            f"{folder.parent}: cannot be written ({error.strerror}), and the teacher's log-odds go there, beside the "
+            f"rows: let this user write to it, or copy the prepared data to where they may"
+        ) from None
     try:
         remote = ray.remote(num_cpus=1, max_retries=3)(score_file)
         files = range(len(dataset.files["train"]))
