@@ -242,13 +242,16 @@ def on_ray(config: dict[str, Any]) -> dict[str, Any]:
 def peer(bench: Bench) -> None:
     """Samples a second on one core, in turns: few table rows, many, and the default widths."""
     turns, seconds = (2, 2.0) if bench.quick else (5, 5.0)
-    cases = [("50k rows", SMALL, MLP, tuple(SIDES)), ("5M rows", LARGE, MLP, ("ours", "nn.Embedding + Adam"))]
+    two = ("ours", "nn.Embedding + Adam")
+    cases = [("50k rows", SMALL, MLP, BATCH, tuple(SIDES)), ("5M rows", LARGE, MLP, BATCH, two)]
     if not bench.quick:
-        cases.insert(1, ("50k rows, MLP 256-128", SMALL, (256, 128), ("ours", "nn.Embedding + Adam")))
-    for case, table_rows, widths, sides in cases:
+        cases.append(("50k rows, MLP 256-128", SMALL, (256, 128), BATCH, two))
+        cases.append(("50k rows, batch 2048", SMALL, MLP, BATCH // 2, two))
+        cases.append(("5M rows, batch 2048", LARGE, MLP, BATCH // 2, two))
+    for case, table_rows, widths, batch, sides in cases:
         bench.tell(f"peer, {case}")
         data = bench.data(table_rows, 48 * BATCH)
-        run = make_run(table_rows, {"top_mlp": widths}, {"batch_size": BATCH, "epochs": 1000, "workers": 1})
+        run = make_run(table_rows, {"top_mlp": widths}, {"batch_size": batch, "epochs": 1000, "workers": 1})
         jobs = {side: job_of(run, data, bench.fresh()) for side in sides}
         rates = take_turns(jobs, turns, seconds, lambda text: bench.tell(f"  {text}"))
         if set(sides) - set(rates):
