@@ -24,12 +24,15 @@ from trainer.errors import ConfigError, DataError
 ROW = -1  # the dense column that numbers the rows
 
 
-@pytest.fixture(scope="module", params=[1 << 20, 30], ids=["one window", "small windows"])
+@pytest.fixture(
+    scope="module", params=[(1 << 20, 1 << 20), (1 << 20, 0), (30, 0)], ids=["whole", "one window", "small windows"]
+)
 def window_rows(request):
-    """A split that fits one window, and one of many windows, each a few row groups."""
+    """A split shuffled whole, one that fits one window, and one of many windows, each a few row groups."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reader_module, "WINDOW_ROWS", request.param)
-        yield request.param
+        patch.setattr(reader_module, "WINDOW_ROWS", request.param[0])
+        patch.setattr(reader_module, "WHOLE_ROWS", request.param[1])
+        yield request.param[0]
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +158,7 @@ def decoded(monkeypatch):
         return original(dataset, chunk)
 
     monkeypatch.setattr(reader_module, "read_chunk", counted)
+    monkeypatch.setattr(reader_module, "WHOLE_ROWS", 0)
     return seen
 
 
@@ -172,6 +176,16 @@ def test_reader_decodes_only_its_ranks_row_groups_and_each_once(datasets, window
     assert set.union(*by_rank) == groups
     # a row group across the cut between two ranks is read by both: one at most for each cut
     assert sum(map(len, by_rank)) - len(groups) <= world_size - 1
+
+
+def test_reader_of_a_small_split_shuffles_it_whole_and_reads_it_once(datasets, decoded, monkeypatch):
+    monkeypatch.setattr(reader_module, "WHOLE_ROWS", 217)
+    reader = Reader(datasets(217), "train", 20, rank=1, world_size=2, shuffle=True)
+    orders = [np.concatenate([rows.index for rows, _ in reader.slices(epoch)]) for epoch in (0, 1)]
+    assert len(decoded) == len(set(decoded)) == sum(len(f.row_groups) for f in reader.dataset.files["train"])
+    assert not np.array_equal(*orders)
+    # a rank's rows come from everywhere, which lanes cut from a line of row groups could not give it
+    assert len({int(n) * 12 // 217 for n in orders[0]}) == 12
 
 
 def test_reader_whose_row_groups_fit_the_lanes_decodes_each_by_one_rank(tmp_path, decoded):

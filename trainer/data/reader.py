@@ -4,7 +4,8 @@ An epoch lays the split's row groups in one line, shuffled by (seed, epoch), and
 equal rows. Global batch b of B takes from each lane, of n rows, its rows b*n/B to (b+1)*n/B, lane after lane; so all
 lanes end with the last batch. Rank r of W reads lanes r*L//W to (r+1)*L//W and decodes no other rank's row groups, but
 for one that lies across the cut between them. The same rows make the same global batch whatever the number of workers,
-and (epoch, batch) is the whole position. Rows are shuffled within a lane's window of some row groups.
+and (epoch, batch) is the whole position. Rows are shuffled within a lane's window of some row groups; a split that fits
+in memory is shuffled as one, and its lanes are runs of that order.
 
 Legend: N rows, T tasks, L lanes, W ranks, B batches.
 """
@@ -33,6 +34,7 @@ from trainer.errors import ConfigError, DataError
 
 LANES = 12  # streams of a shuffled epoch: 1, 2, 3, 4, 6 and 12 ranks read equal shares
 WINDOW_ROWS = 393_216  # held by all lanes together, that rows are shuffled within; two row groups a lane of twelve
+WHOLE_ROWS = WINDOW_ROWS  # a split of so many rows is shuffled whole: each rank reads all of it, once
 PREFETCH_BATCHES = 4
 TEACHER = "logits"
 
@@ -203,6 +205,7 @@ class Reader:
         self.oov_rate = oov_rate
         self.fraction = fraction
         self.teacher = teacher
+        self._whole: Rows | None = None
         self.chunks: list[Chunk] = []
         self.rows = 0
         for file in dataset.files[split]:
@@ -263,6 +266,9 @@ class Reader:
         return (batch * rows + phase) // whole, ((batch + 1) * rows + phase) // whole
 
     def _slices(self, epoch: int, start: int) -> Iterator[tuple[Rows, int]]:
+        if self.shuffle and self.rows <= WHOLE_ROWS:
+            yield from self._whole_slices(epoch, start)
+            return
         lanes = self._lanes(epoch, start)
         read = _Decoder(self, [p for lane in lanes for window in lane.ahead for p in window.pieces])
         for batch in range(start, self.num_batches()):
@@ -270,6 +276,20 @@ class Reader:
                 self._mask(lane.take(*self._share(lane.number, batch), read), epoch, batch, lane.number)
                 for lane in lanes
             ]
+            yield concatenate(parts), self.batch_rows(batch)
+
+    def _whole_slices(self, epoch: int, start: int) -> Iterator[tuple[Rows, int]]:
+        """A split that fits in memory: lanes are runs of one permutation of all its rows, whatever file they lie in."""
+        if self._whole is None:
+            read = _Decoder(self, [Piece(c, 0, c.rows) for c in self.chunks])
+            self._whole = concatenate([read(Piece(c, 0, c.rows)) for c in self.chunks])
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.rows)
+        mine = range(self.rank * self.lanes // self.world_size, (self.rank + 1) * self.lanes // self.world_size)
+        for batch in range(start, self.num_batches()):
+            parts = []
+            for lane in mine:
+                first, (begin, end) = self.rows * lane // self.lanes, self._share(lane, batch)
+                parts.append(self._mask(self._whole.take(order[first + begin : first + end]), epoch, batch, lane))
             yield concatenate(parts), self.batch_rows(batch)
 
     def _lanes(self, epoch: int, start: int) -> list[Lane]:
