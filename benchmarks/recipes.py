@@ -41,8 +41,9 @@ from trainer.data import prepare
 from trainer.data.dataset import Dataset, open_dataset
 from trainer.data.sources.synthetic import write_synthetic
 from trainer.distill import score_file
-from trainer.loop import Place, Worker, build_worker, keep_score, train_stages
+from trainer.loop import keep_score, train_stages
 from trainer.metrics import mean_ne
+from trainer.worker import Place, Worker, build_worker
 
 ROOT = Path(__file__).parents[1]
 LOG = "criteo_head.parquet"

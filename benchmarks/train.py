@@ -227,7 +227,7 @@ def on_ray(config: dict[str, Any]) -> dict[str, Any]:
     from ray.train import get_context
 
     from benchmarks.peers.loop import run_loop
-    from trainer.loop import Place
+    from trainer.worker import Place
 
     context = get_context()
     place = Place(

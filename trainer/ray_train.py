@@ -27,11 +27,12 @@ from trainer.data.dataset import Dataset, open_dataset
 from trainer.data.schema import encodings
 from trainer.errors import CheckpointError, ConfigError, DataError, SlimrankError
 from trainer.files import check_new, write_json
-from trainer.loop import Place, Worker, build_worker, keep_score, train_stages
+from trainer.loop import keep_score, train_stages
 from trainer.metrics import mean_ne
 from trainer.ray_distill import score_with_teacher
 from trainer.ray_progress import Teller, watched
 from trainer.tracking import Tracker, check_tracking
+from trainer.worker import Place, Worker, build_worker
 
 HEARTBEAT_S = 1.0
 RECOVERIES = "recoveries.jsonl"

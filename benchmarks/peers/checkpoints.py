@@ -41,7 +41,7 @@ def on_rank(job: Job, rank: int, world_size: int, rounds: int, answers: Any) -> 
 
     from benchmarks.peers.loop import quiet, start_group
     from trainer.checkpoint import load_into, open_checkpoint, save_checkpoint
-    from trainer.loop import build_worker
+    from trainer.worker import build_worker
 
     quiet()
     out = Path(job.out)

@@ -23,7 +23,8 @@ import torch.distributed as dist
 from trainer.checkpoint import Position
 from trainer.config import RunConfig, parse_run
 from trainer.data.dataset import Dataset, open_dataset
-from trainer.loop import Place, Worker, build_worker, train_stages
+from trainer.loop import train_stages
+from trainer.worker import Place, Worker, build_worker
 
 CPU = torch.device("cpu")
 

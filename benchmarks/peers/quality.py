@@ -81,7 +81,8 @@ def aucs_of(
 def ours(run: RunConfig, data: Path, out: Path) -> float:
     """Train with the trainer's loop; the checkpoint of best validation NE is tested."""
     from trainer.checkpoint import open_checkpoint
-    from trainer.loop import build_worker, train_stages
+    from trainer.loop import train_stages
+    from trainer.worker import build_worker
 
     job = job_of(run, data, out)
     run, dataset = job.open()

@@ -28,10 +28,11 @@ def ours(job: Job, option: str) -> Iterator[int]:
     """The trainer's Ranker, Stepper and Reader as train_stage puts them together, at a precision."""
     from benchmarks.peers.loop import alone
     from trainer.checkpoint import Position
-    from trainer.loop import build_worker, seed_step, train_reader
+    from trainer.loop import seed_step, train_reader
     from trainer.machine import keep_freed_memory
     from trainer.optimizer import set_lr
     from trainer.step import Loss, Stepper
+    from trainer.worker import build_worker
 
     keep_freed_memory()
     run, dataset = job.open()

@@ -19,8 +19,9 @@ from trainer.checkpoint import Checkpoint, Position, open_checkpoint
 from trainer.config import RunConfig, ShardingConfig
 from trainer.data.dataset import open_dataset
 from trainer.errors import ConfigError
-from trainer.loop import Place, Worker, build_worker, train_reader
+from trainer.loop import train_reader
 from trainer.step import Loss, train_step
+from trainer.worker import Place, Worker, build_worker
 
 TYPES = ("table_wise", "column_wise", "row_wise", "data_parallel")
 OPTIMIZERS = ("rowwise_adagrad", "adagrad")

@@ -38,8 +38,8 @@ from trainer.data.sources.synthetic import write_synthetic  # noqa: E402
 from trainer.data.transform import OOV_ROW  # noqa: E402
 from trainer.distill import check_teacher, load_ranker  # noqa: E402
 from trainer.errors import CheckpointError, ConfigError, DataError  # noqa: E402
-from trainer.loop import Place, Worker, build_worker  # noqa: E402
 from trainer.ray_train import train  # noqa: E402
+from trainer.worker import Place, Worker, build_worker  # noqa: E402
 
 ROWS, TRAIN_ROWS = 12_000, 9_600
 SETTINGS: dict[str, Any] = {"patience": 100, "evals_per_epoch": 1, "epochs": 1, "precision": "highest"}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from trainer_builders import CPU, local_tensors, make_dataset, make_run
 
-from trainer import loop
+from trainer import worker
 from trainer.checkpoint import Checkpoint, Position, open_checkpoint
 from trainer.config import RunConfig
 from trainer.data.dataset import Dataset
@@ -20,23 +20,18 @@ from trainer.data.digest import epoch_digest
 from trainer.data.reader import Reader
 from trainer.errors import DataError
 from trainer.loop import (
-    GROWN_INIT,
-    Place,
-    Worker,
     after_evaluation,
-    build_worker,
     check_seen,
     epoch_order,
-    fill,
     keep_score,
     planned,
     seed_step,
-    start_at_base_rate,
     train_stages,
     until_evaluation,
 )
 from trainer.metrics import mean_ne
 from trainer.models import build_ranker
+from trainer.worker import GROWN_INIT, Place, Worker, build_worker, fill, start_at_base_rate
 
 pytestmark = pytest.mark.filterwarnings(  # TorchRec 1.8 wraps the head in torch 2.13's DDP with its former argument
     "ignore:`broadcast_buffers` is deprecated:FutureWarning", "ignore:Please use DTensor instead:FutureWarning"
@@ -216,7 +211,7 @@ def test_every_architecture_starts_at_the_base_rate(dataset, arch):
 
 @pytest.mark.parametrize("block", [3, 7, 64])
 def test_fill_gives_one_table_for_any_offsets(monkeypatch, block):
-    monkeypatch.setattr(loop, "INIT_ROWS", block)
+    monkeypatch.setattr(worker, "INIT_ROWS", block)
     whole = torch.arange(20 * 6, dtype=torch.float32).view(20, 6)
 
     def rows_of(number: int) -> torch.Tensor:

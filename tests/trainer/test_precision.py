@@ -10,10 +10,10 @@ from trainer_builders import CPU, fitted, make_run, random_log
 
 from trainer import precision
 from trainer.data.batch import Batch, to_batch
-from trainer.loop import Place
 from trainer.models import build_ranker
 from trainer.models.ranker import Ranker
 from trainer.precision import choose_precision, fp32, has_bf16, precision_errors, use_precision
+from trainer.worker import Place
 
 HERE = Place(0, 1, 1, CPU)
 ARCHS = ("dcn", "deepfm", "dlrm", "mmoe")
