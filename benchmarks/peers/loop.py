@@ -134,6 +134,8 @@ def main() -> None:
     if rank == 0:
         path.with_suffix(".out").write_text(json.dumps(result), encoding="utf-8")
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's and Arrow's threads now and then abort a process that ends while they wind down
 
 
 if __name__ == "__main__":
