@@ -40,7 +40,7 @@ class DCNHead(Head):
 
     def logits(self, dense_BI: Tensor, pooled_BD: Tensor) -> Tensor:  # noqa: N803
         """Logits (B, T)."""
-        x0_BX = torch.cat([dense_BI, pooled_BD], dim=1)
+        x0_BX = self.cast(torch.cat([dense_BI, pooled_BD], dim=1))
         x_BX = x0_BX
         for cross in self.crosses:
             x_BX = cross(x0_BX, x_BX)

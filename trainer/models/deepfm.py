@@ -39,5 +39,5 @@ class DeepFMHead(Head):
             vectors.append(self.dense_vector(dense_BI))
         stacked_BFW = torch.stack(vectors, dim=1)
         pairs_BW = 0.5 * (stacked_BFW.sum(1).square() - stacked_BFW.square().sum(1))
-        x = torch.cat([dense_BI, pooled_BD], dim=1)
+        x = self.cast(torch.cat([dense_BI, pooled_BD], dim=1))
         return self.first_order(x) + self.out(torch.cat([pairs_BW, self.deep(x)], dim=1))

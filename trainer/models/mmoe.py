@@ -45,7 +45,7 @@ class MMoEHead(Head):
 
     def logits(self, dense_BI: Tensor, pooled_BD: Tensor) -> Tensor:  # noqa: N803
         """Logits (B, T)."""
-        x = torch.cat([dense_BI, pooled_BD], dim=1)
+        x = self.cast(torch.cat([dense_BI, pooled_BD], dim=1))
         experts_BEH = torch.stack([expert(x) for expert in self.experts], dim=1)
         towers = []
         for gate, tower in zip(self.gates, self.towers, strict=True):

@@ -64,6 +64,11 @@ class Head(nn.Module):
         """What an architecture computes."""
         raise NotImplementedError
 
+    def cast(self, x: Tensor) -> Tensor:
+        """What several layers read, in the type they multiply in: cast here once, not by each of them."""
+        device = x.device.type
+        return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
 
 class Ranker(nn.Module):
     """Tables and head. Training shards `embeddings`; compression replaces them by a quantized lookup.
