@@ -1,4 +1,4 @@
-"""Training on Ray: resuming gives the run that was never interrupted; other worker counts read the same checkpoint."""
+"""Training on Ray: resuming gives the run that was never interrupted, and training learns."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     return {key: checkpoint.read(key) for key in checkpoint.keys()}  # noqa: SIM118
 
 
-@pytest.mark.parametrize("arch", ["dcn", "dlrm"])
-def test_resumed_run_equals_uninterrupted_run(synthetic: tuple[RunConfig, Path], tmp_path: Path, arch: str) -> None:
+def test_resumed_run_equals_uninterrupted_run(synthetic: tuple[RunConfig, Path], tmp_path: Path) -> None:
+    """A dlrm; the dcn is killed and resumed in test_faults.py, on as many workers and on fewer."""
     run, data = synthetic
-    run = run.model_copy(update={"model": run.model.model_copy(update={"arch": arch})})
+    run = run.model_copy(update={"model": run.model.model_copy(update={"arch": "dlrm"})})
     whole = train(with_train(run, epochs=2, keep_checkpoints=3), data, tmp_path / "whole", resume=False, show=quietly)
     train(with_train(run, epochs=1, keep_checkpoints=3), data, tmp_path / "parts", resume=False, show=quietly)
     parts = train(with_train(run, epochs=2, keep_checkpoints=3), data, tmp_path / "parts", resume=True, show=quietly)
@@ -55,21 +55,6 @@ def test_resumed_run_equals_uninterrupted_run(synthetic: tuple[RunConfig, Path],
         assert torch.equal(value, right.read(key)), key
     assert parts["val"] == whole["val"]
     assert parts["test"] == whole["test"]
-
-
-def test_checkpoint_of_two_workers_resumes_on_one(synthetic: tuple[RunConfig, Path], tmp_path: Path) -> None:
-    run, data = synthetic
-    train(with_train(run, epochs=1), data, tmp_path / "run", resume=False, show=quietly)
-    before = open_checkpoint(tmp_path / "run")
-    result = train(with_train(run, epochs=2, workers=1), data, tmp_path / "run", resume=True, show=quietly)
-    assert result["samples"] == 2 * int(ROWS * 0.8)
-    after = open_checkpoint(tmp_path / "run" / f"step-{result['samples']:012d}")
-    assert before.manifest["world_size"] == 2
-    assert after.manifest["world_size"] == 1
-    # Adagrad's accumulators only grow: the state went over, it did not start again
-    for key in before.keys("tables/"):
-        if key.endswith("momentum1"):
-            assert bool((after.read(key) >= before.read(key)).all()), key
 
 
 def test_training_learns_the_planted_signal(synthetic: tuple[RunConfig, Path], tmp_path: Path) -> None:
