@@ -233,9 +233,6 @@ class Keeper:
     def evaluation(self, event: dict[str, Any]) -> None:
         """Told by `commit`."""
 
-    def note(self, text: str) -> None:
-        """Nobody reads."""
-
 
 def fit(run: RunConfig, dataset: Dataset, out: Path, teacher: Path | None) -> Trained:
     """Train a run and score its checkpoints on test; the best one by validation is kept."""

@@ -15,8 +15,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import click
 
-from cluster.output import Progress, duration, emit, size
+from cluster.output import Progress, duration, emit
 from trainer.errors import SlimrankError
+from trainer.progress import size
 
 METRIC_WORDS = {"auc": "AUC", "ne": "NE", "log_loss": "log loss", "gauc": "GAUC", "f1": "F1"}
 FOLDER = click.Path(path_type=Path, file_okay=False, resolve_path=True)

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from cluster.output import Progress, duration, size
+from cluster.output import Progress, duration
 from cluster.runs import load, section, serve_config, with_workers
 from cluster.session import ray_session
 from cluster.tables import front_table, ranked_table, render
 from trainer.files import check_new, write_json
+from trainer.progress import size
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "movielens.yaml"
 CANDIDATES = 500

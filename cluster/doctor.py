@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from cluster.output import size
 from cluster.tables import render
 from trainer.config import RunConfig
 from trainer.errors import SlimrankError
+from trainer.progress import size
 
 Status = Literal["ok", "warn", "fail"]
 TRIPLE = {"torch": "2.13.0", "torchrec": "1.8.0", "ray": "2.60.0"}

@@ -28,15 +28,6 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
-def size(number: float) -> str:
-    """Bytes as people read them, in units of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000 or unit == "GB":
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    raise AssertionError("unreachable")
-
-
 def terminal_width() -> int:
     """Columns of the terminal that stderr goes to; COLUMNS where it is set, 80 where there is no terminal."""
     try:

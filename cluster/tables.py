@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cluster.output import size
+from trainer.progress import size
 
 
 def render(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> list[str]:

@@ -15,7 +15,6 @@ from typing import Any
 from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.types import HardwareConfig, KernelConfig, TopologyFactory, TrainerConfig
 
-from cluster.output import size
 from cluster.tables import render
 from trainer.config import RunConfig
 from trainer.data.dataset import Dataset, open_dataset
@@ -25,6 +24,7 @@ from trainer.errors import ConfigError
 from trainer.memory import plan_memory
 from trainer.models import build_ranker, module_name
 from trainer.optimizer import fuse_table_optimizer
+from trainer.progress import size
 from trainer.sharding import GLOO_BYTES_PER_MS, Planned, describe_plan, plan_tables
 
 GB = 1000**3

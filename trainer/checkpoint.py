@@ -36,7 +36,7 @@ from trainer.config import RunConfig, parse_run
 from trainer.data.transform import OOV_ROW
 from trainer.errors import CheckpointError
 from trainer.files import sha256, write_json
-from trainer.optimizer import TableOptimizer
+from trainer.ranks import from_all, from_first
 
 FORMAT_VERSION = 2
 MANIFEST = "checkpoint.json"
@@ -101,12 +101,6 @@ def _table_of(key: str) -> str | None:
 def init_optimizer_state(optimizer: CombinedOptimizer) -> None:
     """Make lazy optimizer state exist, so that it can be saved and loaded before the first step."""
     for _, part in optimizer.optimizers:
-        plain = getattr(part, "_optimizer", part)
-        plain = getattr(plain, "_optimizer", plain)  # behind gradient clipping
-        if isinstance(plain, TableOptimizer):
-            for group in plain.param_groups:
-                for table in group["params"]:
-                    plain.slot(table)
         for group in part.param_groups:
             for parameter in group["params"]:
                 if isinstance(parameter, torch.nn.Parameter) and parameter not in part.state and "betas" in group:
@@ -139,10 +133,7 @@ def save_checkpoint(
         told = (*_write_parts(partial, state, rank), None)
     except OSError as error:
         told = ({}, {}, f"{folder}: rank {rank} cannot write the checkpoint: {error}")
-    gathered: list[Any] = [told]
-    if world_size > 1:
-        gathered = [None] * world_size
-        dist.all_gather_object(gathered, told)
+    gathered = from_all(told, world_size)
     problem = next((p[2] for p in gathered if p[2] is not None), None)
     if rank == 0 and problem is None:
         try:
@@ -151,10 +142,7 @@ def save_checkpoint(
             problem = f"{folder}: cannot write the checkpoint: {error}"
     if rank == 0 and problem is not None:
         shutil.rmtree(partial, ignore_errors=True)
-    if world_size > 1:
-        outcome = [problem]
-        dist.broadcast_object_list(outcome, src=0)
-        problem = outcome[0]
+    problem = from_first(problem, world_size)
     if problem is not None:
         raise CheckpointError(f"{problem}: free space or choose another --out, then go on with --resume")
 
@@ -437,11 +425,7 @@ def verify_together(checkpoint: Checkpoint, rank: int, world_size: int) -> None:
         checkpoint.verify(rank, world_size)
     except CheckpointError as error:
         problem = str(error)
-    problems = [problem]
-    if world_size > 1:
-        problems = [None] * world_size
-        dist.all_gather_object(problems, problem)
-    found = next((p for p in problems if p is not None), None)
+    found = next((p for p in from_all(problem, world_size) if p is not None), None)
     if found is not None:
         raise CheckpointError(found)
 

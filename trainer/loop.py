@@ -32,6 +32,7 @@ from trainer.machine import keep_freed_memory
 from trainer.metrics import mean_ne
 from trainer.optimizer import lr_factor, set_lr
 from trainer.precision import Precision
+from trainer.ranks import from_all
 from trainer.step import Loss, Stepper
 from trainer.worker import Place, Worker
 
@@ -52,9 +53,6 @@ class Reporter(Protocol):
 
     def evaluation(self, event: dict[str, Any]) -> None:
         """The validation split was scored."""
-
-    def note(self, text: str) -> None:
-        """Something the user should read."""
 
 
 @dataclass
@@ -189,7 +187,7 @@ def planned(run: RunConfig, dataset: Dataset) -> tuple[int, int]:
     steps, samples = 0, 0.0
     rows = dataset.rows("train")
     for index, stage in enumerate(run.train.all_stages):
-        batches = max(rows // run.train.batch_rows(rows, index), 1)
+        batches = -(-rows // run.train.batch_rows(rows, index))
         steps += stage.epochs * max(round(batches * stage.data_fraction), 1)
         samples += stage.epochs * rows * stage.data_fraction
     return steps, round(samples)
@@ -211,11 +209,7 @@ def remembered(source: Iterator[tuple[Batch, int]], waiting: deque[Batch]) -> It
 
 def sum_over_ranks(value: int, place: Place) -> int:
     """Sum of 64-bit numbers over the ranks, modulo 2**64."""
-    if place.world_size == 1:
-        return value
-    parts: list[int] = [0] * place.world_size
-    torch.distributed.all_gather_object(parts, value)
-    return sum(parts) % 2**64
+    return sum(from_all(value, place.world_size)) % 2**64
 
 
 def check_seen(reader: Reader, seen: int, order: int) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from trainer.data.transform import TableInfo
 from trainer.errors import ConfigError
@@ -24,9 +23,9 @@ STATE_BYTES = {
     "sgd": lambda rows, dim: 0,  # noqa: ARG005
     "rowwise_adagrad": lambda rows, dim: 4 * rows,  # noqa: ARG005
     "adagrad": lambda rows, dim: 4 * rows * dim,
-    "adam": lambda rows, dim: 8 * rows * dim,
-    "partial_rowwise_adam": lambda rows, dim: 4 * rows * dim + 4 * rows,
 }
+
+HELD_PARTS = ("weight_bytes", "optimizer_bytes", "gradient_bytes")
 
 
 def state_bytes(optimizer: str, rows: int, dim: int) -> int:
@@ -47,7 +46,7 @@ def plan_memory(
     tables only, which are on every rank: a fused table's gradient never exists whole).
     Not counted: activations, UVM caches, the dense part.
     """
-    ranks = [{"rank": r, "weight_bytes": 0, "optimizer_bytes": 0, "gradient_bytes": 0} for r in range(world_size)]
+    ranks = [{"rank": r, **dict.fromkeys(HELD_PARTS, 0)} for r in range(world_size)]
     for name, how in described.items():
         for shard in how["shards"]:
             rows, dim = shard["sizes"]
@@ -63,16 +62,13 @@ def plan_memory(
     return ranks
 
 
-def measured_memory(model: DistributedModelParallel) -> dict[str, int | None]:
+def measured_memory(state: Mapping[str, Tensor | ShardedTensor]) -> dict[str, int | None]:
     """What this rank really holds, to stand beside the estimate after a run.
 
-    table_bytes: weights and fused optimizer state of the tables (the state of data_parallel tables, which lies in an
-    optimizer of its own, is not in it). peak_rss_bytes: of the process so far. cuda_peak_bytes: None without CUDA.
+    `state`: of the run, under canonical names (trainer/checkpoint.py, training_state). table_bytes: weights and
+    optimizer state of the tables. peak_rss_bytes: of the process so far. cuda_peak_bytes: None without CUDA.
     """
-    held = [value for key, value in model.state_dict().items() if "embedding_bags." in key]
-    for slots in model.fused_optimizer.state_dict()["state"].values():
-        held += slots.values()
-    local = [part for value in held for part in _local(value)]
+    local = [part for key, value in state.items() if key.startswith("tables/") for part in _local(value)]
     cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     return {
         "table_bytes": sum(part.numel() * part.element_size() for part in local),
@@ -81,7 +77,5 @@ def measured_memory(model: DistributedModelParallel) -> dict[str, int | None]:
     }
 
 
-def _local(value: Any) -> list[Tensor]:
-    if isinstance(value, ShardedTensor):
-        return [shard.tensor for shard in value.local_shards()]
-    return [value] if isinstance(value, Tensor) else []
+def _local(value: Tensor | ShardedTensor) -> list[Tensor]:
+    return [shard.tensor for shard in value.local_shards()] if isinstance(value, ShardedTensor) else [value]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
@@ -48,6 +48,11 @@ class TableOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Iterable[Any], kind: str, lr: float, eps: float = TABLE_EPS) -> None:
         super().__init__(params, {"lr": lr, "eps": eps})
         self.kind = kind
+        for group in self.param_groups:
+            for table in group["params"]:
+                if kind != "sgd":
+                    shape = table.shape[:1] if kind == "rowwise_adagrad" else table.shape
+                    self.state[table]["momentum1"] = torch.zeros(shape, dtype=torch.float32, device=table.device)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # noqa: ARG002
@@ -60,21 +65,13 @@ class TableOptimizer(torch.optim.Optimizer):
                 if self.kind == "sgd":
                     table.sub_(grad, alpha=group["lr"])
                     continue
-                state = self.slot(table)
+                state = self.state[table]["momentum1"]
                 if self.kind == "adagrad":
                     state.addcmul_(grad, grad)
                     table.addcdiv_(grad, state.sqrt().add_(group["eps"]), value=-group["lr"])
                 else:
                     state.add_(grad.square().mean(dim=1))
                     table.sub_(grad * (group["lr"] / (state.sqrt() + group["eps"])).unsqueeze(1))
-
-    def slot(self, table: Tensor) -> Tensor:
-        """A table's state, made at zero when first asked for."""
-        state = self.state[table]
-        if "momentum1" not in state:
-            shape = table.shape[:1] if self.kind == "rowwise_adagrad" else table.shape
-            state["momentum1"] = torch.zeros(shape, dtype=torch.float32, device=table.device)
-        return state["momentum1"]
 
 
 def fuse_table_optimizer(tables: nn.Module, train: TrainConfig) -> None:
@@ -162,7 +159,7 @@ def _table_name(parameter: str) -> str:
 
 
 def lr_factor(train: TrainConfig, step: int, total_steps: int) -> float:
-    """What both learning rates are multiplied by at a step: linear warm-up, then the chosen decay to `lr_end`."""
+    """What both learning rates are multiplied by at a step: linear warm-up, then the chosen decay to `schedule.end`."""
     schedule = train.schedule
     if step < schedule.warmup_steps:
         return (step + 1) / schedule.warmup_steps

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from trainer.models.ranker import Head, Ranker
+from trainer.ranks import from_first
 
 Precision = Literal["highest", "medium", "bf16"]
 MAX_ERROR = 0.03  # of the spread of the log-odds (root mean square); bf16 keeps 8 bits, so a layer is off by .4%
@@ -42,10 +42,7 @@ def choose_precision(asked: str, head: Head, num_dense: int, width: int, place: 
         wanted = [p for p in ("bf16", "medium") if has_bf16(place.device)]
         errors = precision_errors(head, num_dense, width, wanted, place.device)
         choice = next((p for p in wanted if errors[p] <= MAX_ERROR), "highest")
-    told = [choice]
-    if place.world_size > 1:
-        dist.broadcast_object_list(told, src=0)
-    return told[0]  # type: ignore[return-value]
+    return cast(Precision, from_first(choice, place.world_size))
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -28,7 +28,7 @@ from trainer.data.schema import encodings
 from trainer.errors import CheckpointError, ConfigError, DataError, SlimrankError
 from trainer.files import check_new, write_json
 from trainer.loop import keep_score, train_stages
-from trainer.metrics import mean_ne
+from trainer.ranks import from_all
 from trainer.ray_distill import score_with_teacher
 from trainer.ray_progress import Teller, watched
 from trainer.tracking import Tracker, check_tracking
@@ -38,6 +38,8 @@ HEARTBEAT_S = 1.0
 RECOVERIES = "recoveries.jsonl"
 HEARTBEAT = ".heartbeat.json"
 RAY_RECORD = "checkpoint_manager_snapshot.json"
+
+Show = Callable[[dict[str, Any], list[Any]], None]  # told the latest progress, and the events since the last call
 
 
 class RayReporter:
@@ -59,7 +61,6 @@ class RayReporter:
         """Tell Ray Train of a checkpoint that is whole on disk: it decides which to keep."""
         ray.train.report(
             {
-                "val_ne": mean_ne(metrics),
                 "keep": keep_score(metrics, stage, len(self.run.train.all_stages)),
                 "samples": position.samples,
             },
@@ -87,31 +88,39 @@ class RayReporter:
         """Something the user should read."""
         self.teller.tell({}, {"kind": "note", "text": text})
 
-    def heartbeat(self, position: Position, committed: bool = False) -> None:
+    def close(self, status: str) -> None:
+        """The run has ended, FINISHED or FAILED: write what is pending."""
+        if self.tracker is not None:
+            self.tracker.close(status)
+
+    def heartbeat(self, position: Position, committed: bool = False, done: bool = False) -> None:
         """Leave on disk how far training has come, so that a recovery can tell what it cost."""
         self.beat = time.monotonic()
         before = read_json(self.out / HEARTBEAT)
         now = {"samples": position.samples, "time": time.time()}
         last = now if committed else before.get("committed", {"samples": 0, "time": time.time()})
         with contextlib.suppress(OSError):  # a full disk ends a run at its next checkpoint, not for this
-            write_json(self.out / HEARTBEAT, {**now, "committed": last})
+            write_json(self.out / HEARTBEAT, {**now, "committed": last, "done": done})
 
     def recovered(self, position: Position, workers: int) -> None:
-        """Record what going on from `position` costs, if the run had come further before it was interrupted."""
+        """Record what going on from `position` costs, if an attempt before this one was interrupted.
+
+        What is redone is known to the last heartbeat: up to HEARTBEAT_S of work more may have been lost.
+        """
         last = read_json(self.out / HEARTBEAT)
-        if not last or last["samples"] <= position.samples:
+        self.heartbeat(position, committed=True)
+        if not last or last.get("done"):
             return
         lost = {
             "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "workers": workers,
             "from_samples": position.samples,
-            "samples_redone": last["samples"] - position.samples,
+            "samples_redone": max(last["samples"] - position.samples, 0),
             "seconds_redone": round(max(last["time"] - last["committed"]["time"], 0.0), 1),
             "seconds_down": round(max(time.time() - last["time"], 0.0), 1),
         }
         with (self.out / RECOVERIES).open("a", encoding="utf-8") as file:
             file.write(json.dumps(lost) + "\n")
-        self.heartbeat(position, committed=True)
         self.note(
             f"interrupted: going on from {position.samples:,} samples with {workers} worker(s); "
             f"{lost['samples_redone']:,} samples are redone, {lost['seconds_down']:.0f} s passed"
@@ -155,8 +164,11 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
 
     try:
         worker, position, speed = train_stages(build, run, reporter, found, start)
-    except ConfigError as error:  # every rank's, and the next attempt's too: Ray Train would try again and again
-        return {"error": str(error)}
+    except BaseException as error:
+        reporter.close("FAILED")
+        if isinstance(error, ConfigError):  # every rank's, and the next attempt's too: Ray Train would try it again
+            return {"error": str(error)}
+        raise
     best = best_checkpoint(out, len(run.train.all_stages))
     worker.load(best)
     summary = {
@@ -164,13 +176,14 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         "val": worker.evaluate("val"),
         "test": worker.evaluate("test"),
         "plan": worker.plan,
-        "memory": over_ranks(worker.memory(), place),
+        "memory": from_all(worker.memory(), place.world_size),
         "precision": worker.precision,
         "samples": position.samples,
         "samples_per_s": speed.per_s,
     }
-    if reporter.tracker is not None:
-        reporter.tracker.close()
+    if place.rank == 0:
+        reporter.heartbeat(position, committed=True, done=True)
+    reporter.close("FINISHED")
     return summary
 
 
@@ -197,7 +210,7 @@ def best_checkpoint(out: Path, stages: int) -> Checkpoint:
     return min(checkpoints_in(out), key=lambda c: keep_score(c.metrics, c.manifest["stage"], stages))
 
 
-def mend_records(out: Path, show: Callable[[dict[str, Any], list[Any]], None]) -> None:
+def mend_records(out: Path, show: Show) -> None:
     """Put aside a record of Ray Train's that is torn: it would refuse to start, with every checkpoint whole."""
     path = out / RAY_RECORD
     if not path.exists():
@@ -208,15 +221,6 @@ def mend_records(out: Path, show: Callable[[dict[str, Any], list[Any]], None]) -
         path.replace(path.with_suffix(".torn"))
         text = f"{path.name} is torn (a full disk?): put aside; going on from the newest checkpoint on disk"
         show({}, [{"kind": "note", "text": text}])
-
-
-def over_ranks(value: Any, place: Place) -> list[Any]:
-    """Every rank's value, in rank order."""
-    values: list[Any] = [value]
-    if place.world_size > 1:
-        values = [None] * place.world_size
-        torch.distributed.all_gather_object(values, value)
-    return values
 
 
 def quiet_libraries() -> None:
@@ -236,7 +240,7 @@ def train(
     out: Path,
     *,
     resume: bool,
-    show: Callable[[dict[str, Any], list[Any]], None],
+    show: Show,
     continue_from: Path | None = None,
 ) -> dict[str, Any]:
     """Train a run on prepared data with Ray Train; Ray must be connected.
@@ -256,7 +260,7 @@ def train(
         check_new(out)
     else:  # there may be nothing yet: a supervisor starts a run with the command that resumes it
         mend_records(out, show)
-        check_resumes(run, dataset, out)
+        check_resumes(run, dataset, out, show)
     before = read_json(out / "train.json").get("samples_per_s")
     use_gpu = ray.cluster_resources().get("GPU", 0) >= run.train.min_workers
     check_room(run.train.min_workers)
@@ -336,10 +340,11 @@ def fit_or_interrupt(trainer: TorchTrainer) -> Any:
             signal.signal(signal.SIGINT, handler)
 
 
-def check_resumes(run: RunConfig, dataset: Dataset, out: Path) -> None:
+def check_resumes(run: RunConfig, dataset: Dataset, out: Path, show: Show) -> None:
     """Raises: ConfigError when the run in `out` has another model or data than the one to go on with."""
     checkpoint = last_checkpoint(out)
     if checkpoint is None:
+        show({}, [{"kind": "note", "text": f"nothing to resume in {out}: starting from the beginning"}])
         return
     if checkpoint.run.model != run.model:
         was, now = checkpoint.run.model.model_dump(), run.model.model_dump()

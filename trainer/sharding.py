@@ -39,11 +39,13 @@ from trainer.config import ShardingConfig, TableSharding
 from trainer.data.transform import TableInfo, Transform
 from trainer.errors import ConfigError
 from trainer.machine import machine_memory_bytes
-from trainer.memory import plan_memory
+from trainer.memory import HELD_PARTS, plan_memory
 from trainer.models import module_name
+from trainer.progress import size
+from trainer.ranks import from_first
 from trainer.sharders import sharders
 
-ELEMENTWISE_OPTIMIZERS = ("sgd", "adagrad", "adam")  # no state is shared by a row's columns: columns may part
+ELEMENTWISE_OPTIMIZERS = ("sgd", "adagrad")  # no state is shared by a row's columns: columns may part
 SHOWN_TABLES = 5
 # gloo's all-to-all of 16 MiB between two processes of one machine, one thread each: .67 GB/s on the two-core machine
 # that the README's figures are from; the planner would assume 600 GB/s
@@ -58,7 +60,8 @@ def check_sharding(
 ) -> dict[str, TableSharding]:
     """What is asked of each table, types and column widths filled in.
 
-    Where `default` is row_wise, a table with too few rows for all workers is placed whole: the result is the same.
+    A table that `default` cannot cut (row_wise with too few rows for all workers, column_wise with a dim that has no
+    fitting divisor) is placed whole: the result is the same.
     Raises: ConfigError naming the table, the value, the rule and what to use instead.
     """
     unknown = sorted(set(sharding.tables) - set(tables))
@@ -267,11 +270,11 @@ def check_copies(
     storage = where.devices[0].storage
     cap = storage.ddr if where.compute_device == "cpu" else storage.hbm
     held = plan_memory(on_device, tables, table_optimizer, where.world_size) if copies else []
-    most = max((sum(rank.values()) - rank["rank"] for rank in held), default=0)
+    most = max((sum(rank[part] for part in HELD_PARTS) for rank in held), default=0)
     if most > cap:
         needs = [Need(name, 2 * tables[name].fp32_bytes, 2 * tables[name].fp32_bytes) for name in copies]
         raise ConfigError(
-            f"tables do not fit {where.world_size} worker(s) with {readable(cap)} each, {readable(most - cap)} lacks: "
+            f"tables do not fit {where.world_size} worker(s) with {size(cap)} each, {size(most - cap)} lacks: "
             f"data_parallel tables take their weights twice on each worker (they have a whole gradient): "
             f"{misfit_list(needs)}: use type row_wise or table_wise"
         )
@@ -294,28 +297,25 @@ def make_plan(
     Raises: ConfigError, on every rank, when the config asks what cannot be, or the tables do not fit the machines.
     """
     assert dist.is_initialized(), "make_plan needs a process group"
-    told: list[Any] = [None]
+    found: Any = None
     if dist.get_rank() == 0:
         try:
-            told = [
-                plan_tables(
-                    model,
-                    transform.tables,
-                    topology(device, world_size, local_world_size, sharding.memory_share),
-                    local_batch_size=max(batch_size // world_size, 1),
-                    sharding=sharding,
-                    table_optimizer=table_optimizer,
-                ).plan
-            ]
+            found = plan_tables(
+                model,
+                transform.tables,
+                topology(device, world_size, local_world_size, sharding.memory_share),
+                local_batch_size=max(batch_size // world_size, 1),
+                sharding=sharding,
+                table_optimizer=table_optimizer,
+            ).plan
         except ConfigError as error:  # the planner's own collective_plan would leave the other ranks waiting
-            told = [error]
+            found = error
         except Exception as error:
-            told = [RuntimeError(f"planning failed on rank 0: {type(error).__name__}: {error}")]
-    if world_size > 1:
-        dist.broadcast_object_list(told, 0, device=device if device.type == "cuda" else None)
-    if isinstance(told[0], Exception):
-        raise told[0]
-    return told[0]
+            found = RuntimeError(f"planning failed on rank 0: {type(error).__name__}: {error}")
+    found = from_first(found, world_size, device=device if device.type == "cuda" else None)
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def describe_plan(plan: ShardingPlan) -> dict[str, dict[str, Any]]:
@@ -364,7 +364,7 @@ def refusal(options: Sequence[ShardingOption], where: Topology) -> str:
         found = misfit(needs_of(options, kind), cap, where.world_size)
         if found is not None:
             memory = "GPU memory" if kind == "hbm" else "memory"
-            return f"tables do not fit {where.world_size} worker(s) with {readable(cap)} of {memory} each: {found}"
+            return f"tables do not fit {where.world_size} worker(s) with {size(cap)} of {memory} each: {found}"
     largest = misfit_list(needs_of(options, "hbm" if gpu else "ddr"), "total_bytes")
     return (
         f"tables fit {where.world_size} worker(s) in sum but not as placed: {largest}: "
@@ -395,13 +395,13 @@ def misfit(needs: Sequence[Need], cap: int, world_size: int) -> str | None:
         whole = any(need.unit_bytes == need.total_bytes for need in single) and world_size > 1
         step = "use type row_wise" if whole else "add workers"
         return (
-            f"{misfit_list(single, 'unit_bytes')} on one worker, {readable(lacking)} too much: {step}, "
+            f"{misfit_list(single, 'unit_bytes')} on one worker, {size(lacking)} too much: {step}, "
             f"lower its dim or hash_size, or use workers with more memory"
         )
     total = sum(need.total_bytes for need in needs)
     if total > cap * world_size:
         return (
-            f"{readable(total - cap * world_size)} is missing in sum; the largest are {misfit_list(needs)}: "
+            f"{size(total - cap * world_size)} is missing in sum; the largest are {misfit_list(needs)}: "
             f"add workers, or lower their dim or hash_size"
         )
     return None
@@ -410,14 +410,5 @@ def misfit(needs: Sequence[Need], cap: int, world_size: int) -> str | None:
 def misfit_list(needs: Sequence[Need], what: str = "total_bytes") -> str:
     """Tables with their bytes, largest first, up to five."""
     ordered = sorted(needs, key=lambda need: -getattr(need, what))
-    shown = ", ".join(f"{need.table} {readable(getattr(need, what))}" for need in ordered[:SHOWN_TABLES])
+    shown = ", ".join(f"{need.table} {size(getattr(need, what))}" for need in ordered[:SHOWN_TABLES])
     return shown + (f" and {len(ordered) - SHOWN_TABLES} more" if len(ordered) > SHOWN_TABLES else "")
-
-
-def readable(size_bytes: float) -> str:
-    """Bytes in units of 1000, with a digit that tells small tables apart."""
-    for unit in ("B", "kB", "MB"):
-        if size_bytes < 1000:
-            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1000
-    return f"{size_bytes:,.2f} GB"

@@ -110,7 +110,7 @@ class Worker:
         estimate = plan_memory(
             self.plan, self.dataset.transform.tables, self.run.train.table_optimizer, self.place.world_size
         )
-        return {"estimate": estimate[self.place.rank], "measured": measured_memory(self.model)}
+        return {"estimate": estimate[self.place.rank], "measured": measured_memory(self.state())}
 
 
 def build_worker(

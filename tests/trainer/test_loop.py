@@ -285,9 +285,6 @@ class Recorder:
     def evaluation(self, event: dict[str, Any]) -> None:
         self.events.append(event)
 
-    def note(self, text: str) -> None:
-        pass
-
 
 def go(run: RunConfig, dataset: Dataset, reporter: Recorder, found: Checkpoint | None = None):
     sized = dataset.sized(run.data, run.model.embedding_dim)

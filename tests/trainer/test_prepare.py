@@ -54,7 +54,7 @@ def test_split_by_time_cuts_at_the_fractions(tmp_path):
     observed = [timestamps(f.read(["time"]), data) for f in fragments]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "_map", lambda function, items, what, progress: [function(i) for i in items])
-        splitter = prepare._fit_splitter(fragments, data, lambda *a: None)
+        splitter = prepare._fit_splitter(fragments, data, lambda *a: None, tmp_path)
     splits = np.concatenate([splitter.assign(f.read(["time"]), f) for f in fragments])
     times = np.concatenate(observed)
     np.testing.assert_allclose(np.bincount(splits) / 1000, [0.8, 0.1, 0.1], atol=0.01)
@@ -63,11 +63,11 @@ def test_split_by_time_cuts_at_the_fractions(tmp_path):
 
 
 @pytest.mark.parametrize("sizes", [[100], [50, 50], [79, 1, 20], [81, 19], [33, 33, 34]])
-def test_split_by_row_does_not_depend_on_the_fragments(sizes):
+def test_split_by_row_does_not_depend_on_the_fragments(sizes, tmp_path):
     data = data_of(ANY)
     raw = pa.table({"any": np.arange(100)})
     fragments = [Fragment(i, "x", (0,), 0, n) for i, n in enumerate(sizes)]
-    splitter = prepare._fit_splitter(fragments, data, lambda *a: None)
+    splitter = prepare._fit_splitter(fragments, data, lambda *a: None, tmp_path)
     assert assign_parts(raw, splitter, sizes).tolist() == [0] * 80 + [1] * 10 + [2] * 10
 
 

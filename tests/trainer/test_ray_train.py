@@ -79,9 +79,17 @@ def test_errors_survive_the_way_between_processes():
         assert str(again) == "x: y"
 
 
-def test_resuming_needs_no_folder_yet(tmp_path):
+def quietly(*_):
+    """What is told of progress, unheard."""
+
+
+def test_resuming_needs_no_folder_yet_and_says_so(tmp_path):
     dataset = make_dataset(tmp_path / "data", 20)
-    check_resumes(make_run(), dataset, tmp_path / "none")
+    told = []
+    check_resumes(make_run(), dataset, tmp_path / "none", lambda latest, events: told.extend(events))
+    assert [event["text"] for event in told] == [
+        f"nothing to resume in {tmp_path / 'none'}: starting from the beginning"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -96,9 +104,9 @@ def test_resuming_needs_no_folder_yet(tmp_path):
 def test_resuming_another_run_is_refused(tmp_path, model, train, says):
     dataset = make_dataset(tmp_path / "data", 20)
     saved(tmp_path / "run" / "step-000000000010", make_run(), dataset)
-    check_resumes(make_run(train={"epochs": 7}), dataset, tmp_path / "run")
+    check_resumes(make_run(train={"epochs": 7}), dataset, tmp_path / "run", quietly)
     with pytest.raises(ConfigError, match=says):
-        check_resumes(make_run(model=model, train=train), dataset, tmp_path / "run")
+        check_resumes(make_run(model=model, train=train), dataset, tmp_path / "run", quietly)
 
 
 def test_resuming_on_other_data_is_refused(tmp_path):
@@ -106,7 +114,7 @@ def test_resuming_on_other_data_is_refused(tmp_path):
     other = make_dataset(tmp_path / "other", 30)
     saved(tmp_path / "run" / "step-000000000010", make_run(), other)
     with pytest.raises(DataError, match="not the prepared data that"):
-        check_resumes(make_run(), dataset, tmp_path / "run")
+        check_resumes(make_run(), dataset, tmp_path / "run", quietly)
 
 
 def test_continuing_needs_the_same_model_and_known_data(tmp_path):

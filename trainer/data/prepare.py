@@ -238,13 +238,7 @@ def prepare(run: RunConfig, out: Path, progress: ReportProgress, continue_from: 
         check_extends(old, data)
     started = time.monotonic()
     with new_directory(Path(out)) as staging:
-        fragments = fragments_of(_as_parquet(find_files(data), data, staging, progress), data)
-        splitter = _fit_splitter(fragments, data, progress, staging)
-        stats = FitStats()
-        for fitted in _map(partial(_observe_rows, splitter=splitter), fragments, "fit", progress):
-            stats.merge(fitted)
-        if stats.rows == 0:
-            raise DataError("split train: no rows: check data.split and data.clean against the log")
+        fragments, splitter, stats = _observe(data, staging, progress)
         transform = fit_transform(stats, data, dim) if old is None else extend_transform(old, stats, data, dim)
         for split in SPLITS:
             (staging / split).mkdir()
@@ -275,16 +269,21 @@ def fit_tables(run: RunConfig, progress: ReportProgress) -> Transform:
 
     Raises: DataError as `prepare` does.
     """
-    data = run.data
     with tempfile.TemporaryDirectory(prefix="slimrank-fit-") as staging:
-        fragments = fragments_of(_as_parquet(find_files(data), data, Path(staging), progress), data)
-        splitter = _fit_splitter(fragments, data, progress)
-        stats = FitStats()
-        for part in _map(partial(_observe_rows, splitter=splitter), fragments, "fit", progress):
-            stats.merge(part)
+        _, _, stats = _observe(run.data, Path(staging), progress)
+    return fit_transform(stats, run.data, run.model.embedding_dim)
+
+
+def _observe(data: DataConfig, staging: Path, progress: ReportProgress) -> tuple[list[Fragment], Splitter, FitStats]:
+    """The log's fragments, which split each row falls into, and statistics of the training rows."""
+    fragments = fragments_of(_as_parquet(find_files(data), data, staging, progress), data)
+    splitter = _fit_splitter(fragments, data, progress, staging)
+    stats = FitStats()
+    for fitted in _map(partial(_observe_rows, splitter=splitter), fragments, "fit", progress):
+        stats.merge(fitted)
     if stats.rows == 0:
-        raise DataError("split train: no rows: check data.split against the log")
-    return fit_transform(stats, data, run.model.embedding_dim)
+        raise DataError("split train: no rows: check data.split and data.clean against the log")
+    return fragments, splitter, stats
 
 
 def _as_parquet(files: list, data: DataConfig, staging: Path, progress: ReportProgress) -> list:
@@ -298,9 +297,7 @@ def _as_parquet(files: list, data: DataConfig, staging: Path, progress: ReportPr
     return [replace(f, path=targets[i], is_csv=False) if f.is_csv else f for i, f in enumerate(files)]
 
 
-def _fit_splitter(
-    fragments: Sequence[Fragment], data: DataConfig, progress: ReportProgress, folder: Path | None = None
-) -> Splitter:
+def _fit_splitter(fragments: Sequence[Fragment], data: DataConfig, progress: ReportProgress, folder: Path) -> Splitter:
     """The cuts between the splits; duplicates are left in `folder`."""
     splitter = Splitter(data)
     rows = sum(f.rows for f in fragments)
@@ -322,7 +319,7 @@ def _fit_splitter(
     return replace(splitter, cuts=(first, second))
 
 
-def _clean(fragments: Sequence[Fragment], data: DataConfig, progress: ReportProgress, folder: Path | None) -> list[int]:
+def _clean(fragments: Sequence[Fragment], data: DataConfig, progress: ReportProgress, folder: Path) -> list[int]:
     """Rows of each fragment that break no rule; leaves in `folder` which are duplicates."""
     keyed, left = [0], []
     duplicates = data.clean.duplicates is not None
@@ -333,7 +330,6 @@ def _clean(fragments: Sequence[Fragment], data: DataConfig, progress: ReportProg
             keys[keyed[-1] : keyed[-1] + len(found)] = found
             keyed.append(keyed[-1] + len(found))
     if duplicates:
-        assert folder is not None, "duplicates need a folder"
         repeated = find_duplicates(keys[: keyed[-1]])
         for index, fragment in enumerate(fragments):
             own = repeated[keyed[index] : keyed[index + 1]]

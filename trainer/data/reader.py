@@ -374,15 +374,7 @@ def check_teacher(dataset: Dataset, split: SplitName, teacher: Path) -> None:
             raise DataError(f"{path}: teacher has row groups {sizes}, the data {file.row_groups}: {again}")
         wanted = pa.list_(pa.float32(), tasks)
         seen = schema.field(TEACHER).type if TEACHER in schema.names else None
-        if (
-            seen is None
-            or not pa.types.is_fixed_size_list(seen)
-            or (seen.value_type, seen.list_size)
-            != (
-                pa.float32(),
-                tasks,
-            )
-        ):
+        if seen != wanted:
             raise DataError(f"{path}: teacher's column {TEACHER!r} is {seen}, it must be {wanted}: {again}")
 
 

@@ -5,6 +5,7 @@ Legend: B batch, I dense inputs, L sum of the lookups' widths, D sum of the feat
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,7 +46,7 @@ class HeadShape:
         return [(name, dim) for feature, dim, count in spread for name in lookup_names(feature, count)]
 
 
-class Head(nn.Module):
+class Head(nn.Module, ABC):
     """The dense part of a ranker: (dense (B, I), looked up (B, L)) -> logits (B, T). No tables in it.
 
     `autocast` is the type its matrix products run in; None leaves them in fp32.
@@ -60,9 +61,9 @@ class Head(nn.Module):
         with torch.autocast(dense_BI.device.type, self.autocast):
             return self.logits(dense_BI, looked_up_BL).float()
 
+    @abstractmethod
     def logits(self, dense_BI: Tensor, looked_up_BL: Tensor) -> Tensor:  # noqa: N803
         """What an architecture computes."""
-        raise NotImplementedError
 
     def cast(self, x: Tensor) -> Tensor:
         """What several layers read, in the type they multiply in: cast here once, not by each of them."""
