@@ -2,7 +2,7 @@
 
 manifest.json      format version, run, tables, lineage, sizes, metrics, sha256 of every other file
 tables.bin         all packed rows in FBGEMM's layout, each table aligned, mapped read-only by every replica
-dense.safetensors  the head
+dense.safetensors  the head;  decoders.safetensors  what widens the rows of low-rank tables
 transform.json     schema and fitted numbers;  ids.arrow  raw id -> row
 items.arrow        the item catalogue;  golden.arrow  raw rows with the scores they must get
 """
@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from compress.catalogue import Catalogue, read_catalogue
 from compress.errors import ArtifactError
 from compress.ids import read_ids
-from compress.lookup import PackedTable, map_block
+from compress.lookup import StoredTable, Tier, map_block
 from compress.model import CompressedModel, build_model
 from trainer.config import RunConfig, parse_run
 from trainer.data.transform import Transform, read_arrow, read_description
@@ -34,6 +34,7 @@ from trainer.files import sha256, write_json
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 FILES = {"tables.bin", "dense.safetensors", "transform.json", "ids.arrow", "golden.arrow"}
+DECODERS = "decoders.safetensors"
 SIZES = {"table_bytes", "table_bytes_fp32", "artifact_bytes"}
 GOLDEN_ROWS = 64
 GOLDEN_TOLERANCE = 1e-4  # log-odds: fp32 sums in another order on another processor move the last digits only
@@ -126,13 +127,14 @@ def load_artifact(folder: Path, *, verify: bool = True) -> Artifact:
         if verify:
             verify_files(folder, manifest)
         infos, numerics, schema = read_description(folder / "transform.json")
-        tables = [PackedTable(**{**t, "features": tuple(t["features"])}) for t in manifest["tables"]]
-        ids = read_ids(folder / "ids.arrow", infos, manifest["cuts"])
+        tables = [stored_table(t) for t in manifest["tables"]]
+        ids = read_ids(folder / "ids.arrow", infos, tables)
         transform = Transform(schema, infos, ids, numerics)
         block = map_block(folder / "tables.bin", (folder / "tables.bin").stat().st_size)
         dense = load_file(folder / "dense.safetensors")
         run = parse_run(manifest["run"], str(folder / MANIFEST))
-        model = build_model(run, transform, tables, block, dense, manifest["version"])
+        decoders = load_file(folder / DECODERS) if DECODERS in manifest["files"] else {}
+        model = build_model(run, transform, tables, block, dense, manifest["version"], decoders)
         items = folder / "items.arrow"
         catalogue = read_catalogue(items, transform) if items.exists() else None
         artifact = Artifact(folder, manifest, run, model, catalogue)
@@ -153,6 +155,12 @@ def load_artifact(folder: Path, *, verify: bool = True) -> Artifact:
         reason = (str(e).splitlines() or ["no reason given"])[0]
         raise ArtifactError(f"{folder}: cannot be loaded: {type(e).__name__}: {reason}") from None
     return artifact
+
+
+def stored_table(described: Mapping[str, Any]) -> StoredTable:
+    """A table as the manifest describes it."""
+    tiers = tuple(Tier(**tier) for tier in described["tiers"])
+    return StoredTable(**{**described, "tiers": tiers, "features": tuple(described["features"])})
 
 
 def golden_table(sample: pa.Table, model: CompressedModel) -> pa.Table:

@@ -1,11 +1,12 @@
 """Checkpoint + plan -> artifact. Reads like the recipe: profile, resolve, pack, write, seal.
 
-Legend: N training rows, K kept rows.
+Legend: N rows, D embedding dim, W bytes of a row, C centroids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,36 +14,51 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from compress.artifact import GOLDEN_ROWS, golden_table, seal
 from compress.catalogue import write_catalogue
-from compress.config import CompressionPlan
+from compress.config import Clip, CompressionPlan, TablePlan
 from compress.errors import PlanError
-from compress.ids import artifact_rows, read_ids, write_ids
-from compress.lookup import PackedTable, map_block, table_offsets, table_view
+from compress.ids import Layout, id_map_bytes, read_ids, target_rows, write_ids
+from compress.lookup import StoredTable, Tier, map_block, pieces_of, tier_views
 from compress.methods.codec import quantize_rows, row_bytes
+from compress.methods.lowrank import factor, rank_for_energy
+from compress.methods.prune import keep_columns
 from compress.model import build_model
 from compress.search.profile import TableProfile
 from trainer.checkpoint import Checkpoint
 from trainer.data.dataset import Dataset
-from trainer.data.transform import IdMap, write_arrow
+from trainer.data.transform import OOV_ROW, RESERVED_ROWS, IdMap, write_arrow
 from trainer.errors import DataError
 from trainer.files import new_directory, write_json
 from trainer.progress import ReportProgress
 
+WIDTH_STEP = 8  # columns: what INT2 rows fill whole bytes by, and FBGEMM takes at any bits
+
 
 @dataclass(frozen=True)
 class ResolvedTable:
-    """What a plan means for one table: `cut` rows stay (N when none is pruned) at `bits` a value."""
+    """What a plan means for one table.
 
-    table: PackedTable
-    cut: int
+    `layout` says where each training row lies; its `order` is empty in what trials get. `shared` (C, D) are the
+    centroids, `unknown` (D,) what the out-of-vocabulary row holds where ids that are cut read it too. `encoder`
+    (D, width) makes narrow rows, `decoder` (width, D) widens them.
+    """
+
+    stored: StoredTable
+    layout: Layout
+    clip: Clip
+    centroids: np.ndarray
+    unknown: np.ndarray | None
+    encoder: np.ndarray | None
+    decoder: np.ndarray | None
     id_map_bytes: int
 
-    @property
-    def pruned(self) -> bool:
-        """Whether there is a centroid, behind the kept rows."""
-        return self.table.rows > self.cut
+    def code(self, rows_ND: Tensor, tier: int) -> Tensor:  # noqa: N803
+        """Rows (N, D) fp32 as a tier stores them: (N, W) uint8."""
+        narrow = rows_ND if self.encoder is None else rows_ND @ torch.from_numpy(self.encoder)
+        return quantize_rows(narrow, self.stored.tiers[tier].bits, self.clip)
 
 
 def resolve(plan: CompressionPlan, profiles: Mapping[str, TableProfile]) -> dict[str, ResolvedTable]:
@@ -55,49 +71,134 @@ def resolve(plan: CompressionPlan, profiles: Mapping[str, TableProfile]) -> dict
             raise PlanError(f"plan names table {name!r}, the model has: {', '.join(profiles)}")
     resolved = {}
     for name, profile in profiles.items():
-        asked = plan.of(name)
-        info = profile.info
         try:
-            row_bytes(info.embedding_dim, asked.bits)
+            resolved[name] = resolve_table(plan.of(name), profile)
         except PlanError as error:
             raise PlanError(f"table {name}: {error}") from None
-        cut = profile.cut(asked)
-        pruned = cut < info.num_embeddings
-        packed = PackedTable(name, cut + pruned, info.embedding_dim, asked.bits, info.features)
-        resolved[name] = ResolvedTable(packed, cut, profile.id_bytes[pruned])
     return resolved
 
 
+def resolve_table(asked: TablePlan, profile: TableProfile) -> ResolvedTable:
+    """What is asked of one table, in rows and bytes. Raises: PlanError."""
+    info = profile.info
+    rows, dim = info.num_embeddings, info.embedding_dim
+    encoder, decoder = _narrowed(asked, profile)
+    width = dim if encoder is None else encoder.shape[1]
+    ends, bits = _tiers(asked, profile)
+    for each in bits:
+        row_bytes(width, each)
+    pruned = ends[-1] < rows
+    shared = pruned and asked.unknown == "shared"
+    bands = profile.bands(ends[-1], asked.centroids) if pruned and not shared else ()
+    layout = Layout(profile.order, ends, bands, shared)
+    sizes = np.diff([0, *ends])
+    sizes[0] += len(bands)
+    tiers = tuple(Tier(int(size), each) for size, each in zip(sizes, bits, strict=True))
+    edges = [ends[-1], *bands]
+    centroids = [profile.centroid(a, b) for a, b in itertools.pairwise(edges)]
+    key_bits = None if profile.key_bits is None else int(profile.key_bits[-1])
+    if shared and profile.key_bits is not None:
+        key_bits = int(profile.key_bits[np.searchsorted(profile.edges, ends[-1])])
+    return ResolvedTable(
+        StoredTable(info.name, dim, width, tiers, info.features, len(bands)),
+        layout,
+        asked.clip,
+        np.stack(centroids) if centroids else np.zeros((0, dim), dtype=np.float32),
+        profile.fallback(ends[-1]) if shared else None,
+        encoder,
+        decoder,
+        id_map_bytes(rows, layout, key_bits),
+    )
+
+
+def _tiers(asked: TablePlan, profile: TableProfile) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ranks at which tiers end, and their bits; tiers without rows are left out, like ones are one."""
+    ends: list[int] = []
+    bits: list[int] = []
+    for tier in asked.all_tiers:
+        end = profile.cut(tier)
+        if bits and (tier.bits == bits[-1] or end <= ends[-1]):
+            ends[-1] = max(end, ends[-1])
+            continue
+        ends.append(end)
+        bits.append(tier.bits)
+    rows = profile.info.num_embeddings
+    saved = 0 if asked.unknown == "shared" else asked.centroids
+    if ends[-1] + saved >= rows:  # a cut that saves no row once its centroids are counted is no cut
+        ends[-1] = rows
+    return tuple(ends), tuple(bits)
+
+
+def _narrowed(asked: TablePlan, profile: TableProfile) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Encoder (D, width) and decoder (width, D) of a table whose rows are stored narrower, else neither."""
+    dim = profile.info.embedding_dim
+    if asked.columns is not None:
+        if asked.columns >= dim:
+            return None, None
+        kept, decoder = keep_columns(profile.moment, _packable_width(asked.columns, dim))
+        encoder = np.zeros((dim, len(kept)), dtype=np.float32)
+        encoder[kept, np.arange(len(kept))] = 1.0
+        return encoder, np.ascontiguousarray(decoder, np.float32)
+    rank = asked.rank if asked.energy is None else rank_for_energy(profile.moment, asked.energy)
+    if rank is None or _packable_width(rank, dim) >= dim:
+        return None, None
+    encoder, decoder = factor(profile.moment, _packable_width(rank, dim))
+    return np.ascontiguousarray(encoder, np.float32), np.ascontiguousarray(decoder, np.float32)
+
+
+def _packable_width(width: int, dim: int) -> int:
+    """The next width that FBGEMM packs at any bits."""
+    return min(-(-width // WIDTH_STEP) * WIDTH_STEP, dim)
+
+
 def table_bytes(resolved: Mapping[str, ResolvedTable]) -> int:
-    """Bytes of packed tables as stored (rows, scale, bias, centroids, alignment) and of their id maps."""
-    return table_offsets([r.table for r in resolved.values()])[1] + sum(r.id_map_bytes for r in resolved.values())
+    """Bytes of packed tables as stored (rows, scale, bias, centroids, alignment), of their decoders and id maps."""
+    decoders = sum(r.decoder.nbytes for r in resolved.values() if r.decoder is not None)
+    return (
+        pieces_of([r.stored for r in resolved.values()])[1] + decoders + sum(r.id_map_bytes for r in resolved.values())
+    )
 
 
 def pack_tables(
     path: Path,
     checkpoint: Checkpoint,
     id_maps: Mapping[str, IdMap],
-    profiles: Mapping[str, TableProfile],
     resolved: Mapping[str, ResolvedTable],
     progress: ReportProgress,
 ) -> None:
-    """Write tables.bin a chunk of rows at a time; memory is one chunk and one rank array."""
-    tables = [r.table for r in resolved.values()]
-    size = table_offsets(tables)[1]
+    """Write tables.bin a chunk of rows at a time; memory is one chunk and some numbers a row of one table."""
+    tables = [r.stored for r in resolved.values()]
+    size = pieces_of(tables)[1]
     with path.open("wb") as file:
         file.truncate(size)
     block = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
+    views = tier_views(block, tables)
     for index, (name, part) in enumerate(resolved.items()):
-        view = table_view(block, tables, index)
-        target = artifact_rows(id_maps[name], profiles[name].order, part.cut)
+        target = target_rows(id_maps[name], part.layout)
+        kept = np.zeros(len(target), dtype=bool)
+        kept[part.layout.order[: part.layout.kept]] = True
         for first, rows in checkpoint.table_chunks(name):
-            where = torch.from_numpy(target[first : first + len(rows)].astype(np.int64))
-            kept = where < part.cut
-            view[where[kept]] = quantize_rows(rows[kept], part.table.bits)
-        if part.pruned:
-            centroid = torch.from_numpy(profiles[name].centroid(part.cut))
-            view[part.cut] = quantize_rows(centroid[None], part.table.bits)[0]
+            own = torch.from_numpy(kept[first : first + len(rows)])
+            where = torch.from_numpy(target[first : first + len(rows)].astype(np.int64))[own]
+            put_rows(views[index], part, where, rows[own])
+        put_shared(views[index], part)
         progress("pack", index + 1, len(tables))
+
+
+def put_rows(views: Sequence[Tensor], part: ResolvedTable, where: Tensor, rows_ND: Tensor) -> None:  # noqa: N803
+    """Code rows (N, D) into the tiers of one table, at its stored rows (N,)."""
+    for tier, (first, view) in enumerate(zip(part.stored.firsts, views, strict=True)):
+        inside = (where >= first) & (where < first + len(view))
+        if bool(inside.any()):
+            view[where[inside] - first] = part.code(rows_ND[inside], tier)
+
+
+def put_shared(views: Sequence[Tensor], part: ResolvedTable) -> None:
+    """Code the rows that cut ids read: centroids, or the out-of-vocabulary row; the first tier has them."""
+    if len(part.centroids):
+        views[0][RESERVED_ROWS : RESERVED_ROWS + len(part.centroids)] = part.code(torch.from_numpy(part.centroids), 0)
+    if part.unknown is not None:
+        views[0][OOV_ROW] = part.code(torch.from_numpy(part.unknown)[None], 0)[0]
 
 
 def data_of(checkpoint: Checkpoint, dataset: Dataset) -> Dataset:
@@ -130,19 +231,25 @@ def compress(
     """
     dataset = data_of(checkpoint, dataset)
     transform = dataset.transform
+    if plan.checkpoint not in (None, checkpoint.version):
+        raise PlanError(
+            f"the plan is for checkpoint {plan.checkpoint}, {checkpoint.folder} is {checkpoint.version}: make a plan "
+            f"for it, or remove `checkpoint` from the plan"
+        )
     resolved = resolve(plan, profiles)
-    orders = {name: p.order for name, p in profiles.items()}
-    cuts = {name: r.cut for name, r in resolved.items()}
-    tables = [r.table for r in resolved.values()]
+    tables = [r.stored for r in resolved.values()]
     with new_directory(out) as staging:
-        pack_tables(staging / "tables.bin", checkpoint, transform.id_maps, profiles, resolved, progress)
+        pack_tables(staging / "tables.bin", checkpoint, transform.id_maps, resolved, progress)
         dense = checkpoint.dense_state()
         save_file(dense, staging / "dense.safetensors")
+        decoders = {n: torch.from_numpy(r.decoder) for n, r in resolved.items() if r.decoder is not None}
+        if decoders:
+            save_file(decoders, staging / "decoders.safetensors")
         write_json(staging / "transform.json", transform.describe())
-        write_ids(staging / "ids.arrow", transform.id_maps, orders, cuts)
-        own = transform.with_id_maps(read_ids(staging / "ids.arrow", transform.tables, cuts))
-        block = map_block(staging / "tables.bin", table_offsets(tables)[1])
-        model = build_model(checkpoint.run, own, tables, block, dense, "unsealed")
+        write_ids(staging / "ids.arrow", transform.id_maps, {n: r.layout for n, r in resolved.items()})
+        own = transform.with_id_maps(read_ids(staging / "ids.arrow", transform.tables, tables))
+        block = map_block(staging / "tables.bin", pieces_of(tables)[1])
+        model = build_model(checkpoint.run, own, tables, block, dense, "unsealed", decoders)
         items = dataset.items()
         if items is not None:
             write_catalogue(staging / "items.arrow", items, own)
@@ -152,7 +259,6 @@ def compress(
             "run": checkpoint.run.model_dump(mode="json"),
             "plan": plan.model_dump(mode="json"),
             "tables": [asdict(t) for t in tables],
-            "cuts": cuts,
             "sizes": {
                 "table_bytes": table_bytes(resolved),
                 "table_bytes_fp32": sum(t.fp32_bytes for t in transform.tables.values()),

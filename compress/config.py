@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Literal
 
@@ -12,32 +13,87 @@ from trainer.config import describe, load_yaml
 from trainer.data.schema import Config
 
 Bits = Literal[2, 4, 8, 16, 32]
+Clip = Literal["minmax", "search"]
+Order = Literal["frequency", "norm", "frequency_norm", "fisher"]
 
 
-class TablePlan(Config):
-    """One table: bits per value (16 and 32 are floats), and how many rows stay.
+class Cut(Config):
+    """How far down the ranks something reaches: a share of the rows, a share of the training lookups, or a number."""
 
-    `keep` is a share of the rows, `coverage` a share of the training lookups; the most frequent rows stay, the others
-    read one shared centroid.
+    keep: float | None = Field(default=None, gt=0, le=1)
+    coverage: float | None = Field(default=None, gt=0, le=1)
+    rows: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_cut(self) -> Cut:
+        if sum(x is not None for x in (self.keep, self.coverage, self.rows)) > 1:
+            raise ValueError("give one of keep (share of rows), coverage (share of lookups) and rows")
+        return self
+
+    @property
+    def whole(self) -> bool:
+        """Whether it reaches all rows."""
+        return self.rows is None and (self.keep or self.coverage or 1.0) == 1.0
+
+
+class TierPlan(Cut):
+    """The rows up to a cut, behind those of the tier before, at `bits` a value."""
+
+    bits: Bits
+
+
+class TablePlan(Cut):
+    """One table. The first rows by rank stay, up to the cut; the others read shared centroids.
+
+    `bits` a value (16 and 32 are floats), or `tiers` of their own bits, of which the last one's cut is the table's.
+    `clip`: how quantized rows are scaled, by their smallest and largest value or by a search for the least error.
+    `centroids`: how many bands of ranks share one each. `unknown`: with "shared" the ids that are cut leave the id map
+    and read one row together with the ids that training never saw; with "own" those read a row of theirs.
+    `rank` stores rows as that many numbers beside a matrix that widens what was looked up; `energy` is the share of the
+    rows' squared length that the rank must keep; `columns` stores that many of the columns as they are.
     """
 
     bits: Bits = 8
-    keep: float | None = Field(default=None, gt=0, le=1)
-    coverage: float | None = Field(default=None, gt=0, le=1)
+    tiers: tuple[TierPlan, ...] = ()
+    clip: Clip = "search"
+    centroids: int = Field(default=1, ge=1, le=64)
+    unknown: Literal["own", "shared"] = "own"
+    rank: int | None = Field(default=None, ge=4)
+    energy: float | None = Field(default=None, gt=0, lt=1)
+    columns: int | None = Field(default=None, ge=4)
 
     @model_validator(mode="after")
-    def _one_cut(self) -> TablePlan:
-        if self.keep is not None and self.coverage is not None:
-            raise ValueError("give keep (share of rows) or coverage (share of lookups), not both")
+    def _one_way(self) -> TablePlan:
+        if self.tiers and ("bits" in self.model_fields_set or not self.whole):
+            raise ValueError("give tiers, or bits and a cut for the whole table, not both")
+        if any(later.bits > first.bits for first, later in itertools.pairwise(self.tiers)):
+            raise ValueError(f"tiers {[t.bits for t in self.tiers]}: later ones have fewer bits, or as many")
+        if sum(x is not None for x in (self.rank, self.energy, self.columns)) > 1:
+            raise ValueError("give one of rank, energy and columns")
+        if self.unknown == "shared" and self.centroids > 1:
+            raise ValueError("unknown: shared leaves one row for all that is cut: centroids is 1 then")
         return self
+
+    @property
+    def all_tiers(self) -> tuple[TierPlan, ...]:
+        """The tiers; one where there is one setting for all rows."""
+        if self.tiers:
+            return self.tiers
+        return (TierPlan(bits=self.bits, keep=self.keep, coverage=self.coverage, rows=self.rows),)
 
 
 class CompressionPlan(Config):
-    """What to do to every table: `default`, but for the tables named in `tables`."""
+    """What to do to every table: `default`, but for the tables named in `tables`.
+
+    `order` is what ranks a table's rows: how often they are looked up, their length, the product, or what the loss
+    would lose by cutting each ("fisher"). `checkpoint` names the weights that the plan was made for, where it does.
+    """
 
     version: Literal[1] = 1
+    order: Order = "frequency"
     default: TablePlan = TablePlan()
     tables: dict[str, TablePlan] = Field(default_factory=dict)
+    checkpoint: str | None = None
 
     def of(self, table: str) -> TablePlan:
         """The plan of one table."""

@@ -8,9 +8,10 @@ Legend: B batch, F lookups (one a feature, or one a position of a sequence), D s
 
 from __future__ import annotations
 
+import itertools
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,35 +38,74 @@ _TYPES = {
 
 
 @dataclass(frozen=True)
-class PackedTable:
-    """One table as stored: rows (the centroid included), dim, bits, and the features that read it."""
+class Tier:
+    """Rows that follow each other, at one number of bits a value."""
+
+    rows: int
+    bits: int
+
+
+@dataclass(frozen=True)
+class StoredTable:
+    """One table as stored, and the features that read it.
+
+    Its rows are the reserved ones, `centroids` shared ones, then the training rows that were kept, by rank; tiers
+    divide them. `dim` is what a lookup gives; `width` what a row holds: less than `dim` where a decoder (width, dim)
+    widens what was looked up.
+    """
 
     name: str
-    rows: int
     dim: int
-    bits: int
+    width: int
+    tiers: tuple[Tier, ...]
     features: tuple[str, ...]
+    centroids: int = 0
+
+    @property
+    def rows(self) -> int:
+        """All rows that are stored."""
+        return sum(tier.rows for tier in self.tiers)
 
     @property
     def bytes(self) -> int:
-        """Bytes of its rows, scale and bias included."""
-        return self.rows * row_bytes(self.dim, self.bits)
+        """Bytes of its rows, scale and bias included, padding between tiers not."""
+        return sum(tier.rows * row_bytes(self.width, tier.bits) for tier in self.tiers)
+
+    @property
+    def firsts(self) -> list[int]:
+        """The first row of each tier."""
+        return [0, *itertools.accumulate(tier.rows for tier in self.tiers[:-1])]
 
 
-def table_offsets(tables: Sequence[PackedTable]) -> tuple[list[int], int]:
-    """First byte of each table, and the size of the block."""
-    offsets, at = [], 0
-    for table in tables:
-        offsets.append(at)
-        at += -(-table.bytes // TABLE_ALIGNMENT) * TABLE_ALIGNMENT
-    return offsets, at
+@dataclass(frozen=True)
+class Piece:
+    """Where one tier lies in the block: FBGEMM's physical table."""
+
+    table: int
+    tier: int
+    first_byte: int
+    bytes: int
 
 
-def table_view(block: Tensor, tables: Sequence[PackedTable], index: int) -> Tensor:
-    """The rows (N, W) uint8 of one table, as a view of the block."""
-    first = table_offsets(tables)[0][index]
-    table = tables[index]
-    return block[first : first + table.bytes].view(table.rows, -1)
+def pieces_of(tables: Sequence[StoredTable]) -> tuple[list[Piece], int]:
+    """All tiers of all tables in the order of the block, and the block's size in bytes."""
+    pieces, at = [], 0
+    for index, table in enumerate(tables):
+        for number, tier in enumerate(table.tiers):
+            size = tier.rows * row_bytes(table.width, tier.bits)
+            pieces.append(Piece(index, number, at, size))
+            at += -(-size // TABLE_ALIGNMENT) * TABLE_ALIGNMENT
+    return pieces, at
+
+
+def tier_views(block: Tensor, tables: Sequence[StoredTable]) -> list[list[Tensor]]:
+    """The rows (N, W) uint8 of each tier of each table, as views of the block."""
+    views: list[list[Tensor]] = [[] for _ in tables]
+    for piece in pieces_of(tables)[0]:
+        rows = tables[piece.table].tiers[piece.tier].rows
+        view = block[piece.first_byte : piece.first_byte + piece.bytes]
+        views[piece.table].append(view.view(rows, piece.bytes // rows))
+    return views
 
 
 def map_block(path: Path, size: int) -> Tensor:
@@ -79,21 +119,39 @@ class Lookup:
     """Pooled embeddings of `lookups`, in that order, from one block of bytes.
 
     A lookup is a feature, or a position of a sequence feature. `mean` names the features whose bags are pooled by mean
-    where ids bring no weights of their own.
+    where ids bring no weights of their own. `decoders` (width, dim) fp32, by table, where rows are narrower.
+
+    A table of several tiers is as many tables of the TBE: each gets all of a lookup's ids, those of other tiers as -1,
+    which it skips, and the lookup is their sum.
     """
 
-    def __init__(self, tables: Sequence[PackedTable], lookups: Sequence[str], mean: set[str], block: Tensor) -> None:
+    def __init__(
+        self,
+        tables: Sequence[StoredTable],
+        lookups: Sequence[str],
+        mean: set[str],
+        block: Tensor,
+        decoders: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.tables = list(tables)
         self.names = list(lookups)
         self.mean = [feature_of(name) in mean for name in lookups]
         self.block = block
+        self.decoders = dict(decoders or {})
         owner = {f: i for i, t in enumerate(tables) for f in t.features}
         self.table_of = [owner[feature_of(name)] for name in lookups]
+        pieces, size = pieces_of(tables)
+        place = {(p.table, p.tier): i for i, p in enumerate(pieces)}
+        spread = [(f, t, k) for f, t in enumerate(self.table_of) for k in range(len(tables[t].tiers))]
+        self.split = len(spread) > len(lookups)
+        self.lookup_of_P = torch.tensor([f for f, _, _ in spread])
+        self.first_P = torch.tensor([tables[t].firsts[k] for _, t, k in spread], dtype=torch.int32)
+        self.rows_P = torch.tensor([tables[t].tiers[k].rows for _, t, k in spread], dtype=torch.int32)
         level = logging.getLogger().level
         logging.getLogger().setLevel(logging.WARNING)  # the TBE logs its whole make-up on the root logger
         self.tbe = IntNBitTableBatchedEmbeddingBagsCodegen(
-            [(t.name, t.rows, t.dim, _TYPES[t.bits], EmbeddingLocation.HOST) for t in tables],
-            feature_table_map=self.table_of,
+            [_spec(tables[p.table], p.tier) for p in pieces],
+            feature_table_map=[place[t, k] for _, t, k in spread],
             pooling_mode=PoolingMode.SUM,
             device="cpu",
             bounds_check_mode=BoundsCheckMode.FATAL,
@@ -101,7 +159,7 @@ class Lookup:
             row_alignment=1,
         )
         logging.getLogger().setLevel(level)
-        offsets, size = table_offsets(tables)
+        offsets = [p.first_byte for p in pieces]
         assert self.tbe.weights_physical_offsets == offsets, "the block is not laid out as this FBGEMM reads it"
         assert self.tbe.host_size == size == block.numel(), f"block of {block.numel()} bytes, tables need {size}"
         self.tbe.initialize_logical_weights_placements_and_offsets()
@@ -114,7 +172,51 @@ class Lookup:
         # the TBE takes negative ids for pruned ones, and the cast below would wrap large ones into a table
         if values.numel() and (int(values.min()) < 0 or int(values.max()) > INT32_MAX):
             raise RuntimeError(f"ids from {int(values.min())} to {int(values.max())} are not rows of the tables")
-        return self.tbe(values.int(), sparse.offsets().int(), self._weights(sparse))
+        if not self.split:
+            return self._widened(self.tbe(values.int(), sparse.offsets().int(), self._weights(sparse)))
+        return self._widened(self.tbe(*self._by_tier(sparse)))
+
+    def _by_tier(self, sparse: KeyedJaggedTensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Ids, offsets and weights for the TBE: each lookup's once for each of its tiers."""
+        lengths_FB = sparse.lengths().view(len(self.names), -1)
+        lengths_PB = lengths_FB[self.lookup_of_P]
+        counts_F = lengths_FB.sum(1)
+        starts_F = counts_F.cumsum(0) - counts_F
+        counts_P = counts_F[self.lookup_of_P]
+        moved_P = starts_F[self.lookup_of_P] - (counts_P.cumsum(0) - counts_P)
+        total = int(counts_P.sum())
+        piece = torch.repeat_interleave(torch.arange(len(counts_P)), counts_P, output_size=total)
+        source = torch.arange(total) + moved_P[piece]
+        local = sparse.values().int()[source] - self.first_P[piece]
+        self._check_rows(local, piece)
+        inside = (local >= 0) & (local < self.rows_P[piece])
+        offsets = torch.nn.functional.pad(lengths_PB.flatten().cumsum(0), (1, 0)).int()
+        weights = self._weights(sparse)
+        return torch.where(inside, local, -1), offsets, None if weights is None else weights[source]
+
+    def _check_rows(self, local: Tensor, piece: Tensor) -> None:
+        last_P = torch.diff(self.lookup_of_P, append=torch.tensor([-1])) != 0
+        beyond = (local >= self.rows_P[piece]) & last_P[piece]
+        if bool(beyond.any()):
+            name = self.names[int(self.lookup_of_P[piece[beyond.int().argmax()]])]
+            raise RuntimeError(f"{name}: an id is not a row of its table")
+
+    def _widened(self, pooled_BP: Tensor) -> Tensor:  # noqa: N803
+        """Tiers of a lookup summed, narrow rows widened by their decoder: (B, D)."""
+        if not self.split and not self.decoders:
+            return pooled_BP
+        tables = [self.tables[t] for t in self.table_of]
+        shapes = {(t.width, len(t.tiers)) for t in tables}
+        if not self.decoders and len(shapes) == 1:
+            (width, count), rows = shapes.pop(), len(pooled_BP)
+            return pooled_BP.view(rows, len(tables), count, width).sum(2).view(rows, -1)
+        parts = []
+        of_lookup = pooled_BP.split([t.width * len(t.tiers) for t in tables], dim=1)
+        for table, part in zip(tables, of_lookup, strict=True):
+            summed = part.unflatten(1, (len(table.tiers), table.width)).sum(1) if len(table.tiers) > 1 else part
+            decoder = self.decoders.get(table.name)
+            parts.append(summed if decoder is None else summed @ decoder)
+        return torch.cat(parts, dim=1)
 
     def _weights(self, sparse: KeyedJaggedTensor) -> Tensor | None:
         if sparse.weights_or_none() is not None:
@@ -126,15 +228,33 @@ class Lookup:
         share = torch.where(mean_F1, 1.0 / lengths_FB.clamp(min=1).float(), 1.0)
         return torch.repeat_interleave(share.flatten(), lengths_FB.flatten())
 
+    def squared_weights(self, sparse: KeyedJaggedTensor) -> Tensor:
+        """Sum (F, B) of the squares of what each id of a bag counts for."""
+        lengths_FB = sparse.lengths().view(len(self.names), -1)
+        weights = self._weights(sparse)
+        if weights is None:
+            return lengths_FB.float()
+        bag = torch.repeat_interleave(torch.arange(lengths_FB.numel()), lengths_FB.flatten())
+        return torch.zeros(lengths_FB.numel()).index_add_(0, bag, weights.square()).view_as(lengths_FB)
+
+    def decoded(self, index: int, rows: Tensor) -> Tensor:
+        """Values (N, D) fp32 of some stored rows (N,) of one table, in plain torch."""
+        table = self.tables[index]
+        values = torch.empty((len(rows), table.width))
+        views = tier_views(self.block, self.tables)[index]
+        for first, tier, view in zip(table.firsts, table.tiers, views, strict=True):
+            own = (rows >= first) & (rows < first + tier.rows)
+            values[own] = dequantize_rows(view[rows[own] - first], table.width, tier.bits)
+        decoder = self.decoders.get(table.name)
+        return values if decoder is None else values @ decoder
+
     def oracle(self, sparse: KeyedJaggedTensor) -> Tensor:
         """The plain-torch twin: decode the wanted rows, pool with embedding_bag."""
         parts = []
         for index, name in enumerate(self.names):
-            table = self.tables[self.table_of[index]]
-            rows = table_view(self.block, self.tables, self.table_of[index])
             jagged = sparse[name]
-            wanted, local = torch.unique(jagged.values(), return_inverse=True)
-            values = dequantize_rows(rows[wanted.long()], table.dim, table.bits)
+            wanted, local = torch.unique(jagged.values().long(), return_inverse=True)
+            values = self.decoded(self.table_of[index], wanted)
             weights = jagged.weights_or_none()
             mode = "mean" if self.mean[index] and weights is None else "sum"
             offsets = jagged.offsets()[:-1].long()
@@ -142,3 +262,8 @@ class Lookup:
                 torch.nn.functional.embedding_bag(local.long(), values, offsets, mode=mode, per_sample_weights=weights)
             )
         return torch.cat(parts, dim=1)
+
+
+def _spec(table: StoredTable, tier: int) -> tuple[str, int, int, SparseType, EmbeddingLocation]:
+    part = table.tiers[tier]
+    return f"{table.name}#{tier}", part.rows, table.width, _TYPES[part.bits], EmbeddingLocation.HOST

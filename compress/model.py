@@ -5,13 +5,14 @@ Legend: B batch, T tasks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import nn
 
-from compress.lookup import Lookup, PackedTable, table_offsets, table_view
+from compress.lookup import Lookup, StoredTable, Tier, pieces_of, tier_views
 from compress.methods.codec import quantize_rows
 from trainer.checkpoint import Checkpoint
 from trainer.config import MetricsConfig, RunConfig
@@ -20,7 +21,7 @@ from trainer.data.dataset import Dataset, SplitName
 from trainer.data.encoded import Encoded
 from trainer.data.reader import Reader
 from trainer.data.schema import encodings
-from trainer.data.transform import RESERVED_ROWS, IdMap, Transform
+from trainer.data.transform import RESERVED_ROWS, IdMap, TableInfo, Transform
 from trainer.errors import DataError
 from trainer.models import build_head, lookups_of, pooling_of
 
@@ -64,29 +65,34 @@ class CompressedModel:
 def build_model(
     run: RunConfig,
     transform: Transform,
-    tables: list[PackedTable],
+    tables: list[StoredTable],
     block: torch.Tensor,
     dense: dict[str, torch.Tensor],
     version: str,
+    decoders: Mapping[str, torch.Tensor] | None = None,
 ) -> CompressedModel:
     """Put tables and dense weights together. `transform` maps ids to the rows of `tables`."""
     mean = {name for name in transform.sparse if pooling_of(transform, name) == "mean"}
     head = build_head(run.model, transform)
     head.load_state_dict(dense)
     head.eval()
-    lookup = Lookup(tables, lookups_of(transform, list(transform.sparse)), mean, block)
+    lookup = Lookup(tables, lookups_of(transform, list(transform.sparse)), mean, block, decoders)
     return CompressedModel(transform, lookup, head, version, run.train.metrics)
 
 
 def model_of_checkpoint(checkpoint: Checkpoint, transform: Transform) -> CompressedModel:
     """The uncompressed model: fp32 rows, all of them, through the same lookup and head. Holds the tables in memory."""
-    tables = [PackedTable(t.name, t.num_embeddings, t.embedding_dim, 32, t.features) for t in transform.tables.values()]
-    block = torch.zeros(table_offsets(tables)[1], dtype=torch.uint8)
-    for index, table in enumerate(tables):
-        view = table_view(block, tables, index)
+    tables = [whole_table(t, t.num_embeddings) for t in transform.tables.values()]
+    block = torch.zeros(pieces_of(tables)[1], dtype=torch.uint8)
+    for table, (view,) in zip(tables, tier_views(block, tables), strict=True):
         for first, rows in checkpoint.table_chunks(table.name):
             view[first : first + len(rows)] = quantize_rows(rows, 32)
     return build_model(checkpoint.run, transform, tables, block, checkpoint.dense_state(), checkpoint.version)
+
+
+def whole_table(info: TableInfo, rows: int) -> StoredTable:
+    """A table of fp32 rows, none of them cut."""
+    return StoredTable(info.name, info.embedding_dim, info.embedding_dim, (Tier(rows, 32),), info.features)
 
 
 def translation(trained: IdMap, own: IdMap, num_embeddings: int) -> np.ndarray:

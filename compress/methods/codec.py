@@ -31,7 +31,7 @@ def row_bytes(dim: int, bits: int) -> int:
     return dim * bits // 8 + SCALE_BIAS_BYTES
 
 
-def quantize_rows(weight_ND: Tensor, bits: int) -> Tensor:  # noqa: N803
+def quantize_rows(weight_ND: Tensor, bits: int, clip: str = "minmax") -> Tensor:  # noqa: N803
     """Encode each row on its own, min-max scaled.
 
     Shapes: (N, D) fp32 -> (N, W) uint8. Layout: see the top of this file.

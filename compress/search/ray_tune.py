@@ -32,7 +32,7 @@ from compress.model import translate_rows
 from compress.search.objective import Quality, compare, pareto, rows_to_resolve
 from compress.search.profile import TableProfile, profile_tables
 from compress.search.space import plans
-from compress.search.working_set import WorkingSet, extract, score, trial_model
+from compress.search.working_set import WorkingSet, extract, score
 from trainer.checkpoint import open_checkpoint
 from trainer.data.dataset import Dataset, open_dataset
 from trainer.data.reader import Rows, read_split
@@ -57,8 +57,7 @@ class Shared:
 def run_plan(shared: Shared, plan: CompressionPlan) -> tuple[dict[str, Any], np.ndarray]:
     """Bytes and quality of one plan on the sample, and its log-odds (N, T)."""
     resolved = resolve(plan, shared.profiles)
-    centroids = {name: shared.profiles[name].centroid(r.cut) for name, r in resolved.items() if r.pruned}
-    logits = score(trial_model(shared.working, resolved, centroids), shared.working)
+    logits = score(shared.working, resolved)
     quality = compare(shared.working.labels, logits, shared.reference, shared.seed)
     return {"table_bytes": table_bytes(resolved), **asdict(quality)}, logits
 
@@ -154,7 +153,7 @@ def tune(
 
     def share(rows: Rows) -> Shared:
         working = extract(checkpoint, transform, profiles, rows)
-        return Shared(working, score(trial_model(working, None, {}), working), slim, search.seed)
+        return Shared(working, score(working, None), slim, search.seed)
 
     for_search, for_gate = split_rows(dataset, search)
     results = run_trials(share(for_search), plans(transform.tables, search), out, progress)

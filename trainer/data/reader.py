@@ -435,6 +435,16 @@ def read_split(dataset: Dataset, split: SplitName, limit: int | None = None) -> 
     return whole if limit is None or len(whole) <= limit else whole.take(np.arange(limit))
 
 
+def spread_rows(dataset: Dataset, split: SplitName, limit: int) -> Rows:
+    """About `limit` rows of a split at most, in whole row groups from all over it."""
+    sizes = [(file.path, group, size) for file in dataset.files[split] for group, size in enumerate(file.row_groups)]
+    firsts = np.cumsum([0, *(size for _, _, size in sizes)])
+    wanted = max(round(len(sizes) * min(limit / max(firsts[-1], 1), 1.0)), 1)
+    chosen = np.unique(np.linspace(0, len(sizes) - 1, wanted).round().astype(int))
+    rows = concatenate([read_chunk(dataset, Chunk(*sizes[i], int(firsts[i]))) for i in chosen])
+    return rows if len(rows) <= limit else rows.take(np.sort(np.random.default_rng(0).permutation(len(rows))[:limit]))
+
+
 def _ahead(source: Iterator[tuple[Rows, int]]) -> Iterator[tuple[Rows, int]]:
     """Run an iterator in a thread, a few items ahead; errors arrive where the item would have."""
     ready: queue.Queue = queue.Queue(maxsize=PREFETCH_BATCHES)
