@@ -1,22 +1,42 @@
-"""`slimrank compress`: open, profile, compress, compare. The command's work without its printing."""
+"""`slimrank compress`: open, profile, plan, compress, compare. The command's work without its printing."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from compress.artifact import load_artifact
+from compress.compressor import ResolvedTable, data_of, resolve
 from compress.compressor import compress as write_artifact
-from compress.compressor import data_of, resolve
 from compress.config import CompressionPlan, load_plan
+from compress.errors import PlanError
 from compress.model import model_of_checkpoint, score_split
+from compress.search.budget import parse_budget, plan_for_budget
 from compress.search.objective import compare
-from compress.search.profile import profile_tables
-from trainer.checkpoint import open_checkpoint
-from trainer.data.dataset import SplitName, open_dataset
+from compress.search.profile import TableProfile, profile_tables
+from compress.search.sensitivity import predict, sensitivities
+from compress.search.working_set import extract, score
+from trainer.checkpoint import Checkpoint, open_checkpoint
+from trainer.data.dataset import Dataset, SplitName, open_dataset
+from trainer.data.reader import spread_rows
 from trainer.files import check_new
+from trainer.metrics import row_losses
 from trainer.progress import ReportProgress
+
+MEASURED_ROWS = 50_000  # of the validation split: what each table's own loss is measured on
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, the profiles it was resolved with, and what it is expected to cost by table (nats of mean log loss)."""
+
+    plan: CompressionPlan
+    profiles: dict[str, TableProfile]
+    predicted: dict[str, float] | None = None
 
 
 def compress_checkpoint(
@@ -26,21 +46,29 @@ def compress_checkpoint(
     out: Path,
     split: SplitName,
     progress: ReportProgress,
+    budget: str | None = None,
 ) -> dict[str, Any]:
     """Write an artifact and compare it with its checkpoint on a split; returns what `compress --json` prints.
 
-    The plan is the file's, else the `compress` section of the checkpoint's run.
-
-    Raises: SlimrankError for a bad plan, checkpoint, data folder or output folder, before anything is written.
+    The plan is the file's, or the best one for a `budget` ("2%", "300MB"), else the `compress` section of the
+    checkpoint's run.
+    Raises: SlimrankError for a bad plan, budget, checkpoint, data folder or output folder, before anything is written.
     """
     check_new(out)
+    if budget is not None and plan_file is not None:
+        raise PlanError("give a plan or a budget, not both: a budget makes the plan")
     asked = None if plan_file is None else load_plan(plan_file)
     checkpoint = open_checkpoint(checkpoint_path)
     dataset = data_of(checkpoint, open_dataset(data))
-    plan = asked or CompressionPlan.model_validate(checkpoint.run.compress)
-    profiles = profile_tables(checkpoint, dataset, progress)
-    resolve(plan, profiles)
-    manifest = write_artifact(checkpoint, dataset, plan, out, profiles, progress)
+    if budget is not None:
+        planned = plan_budget(checkpoint, dataset, budget, progress)
+    else:
+        plan = asked or CompressionPlan.model_validate(checkpoint.run.compress)
+        planned = Planned(plan, profiles_for(plan, checkpoint, dataset, progress))
+    resolved = resolve(planned.plan, planned.profiles)
+    by_table = measure_tables(checkpoint, dataset, planned, resolved, progress)
+    metrics = {"by_table": by_table} if by_table else {}
+    manifest = write_artifact(checkpoint, dataset, planned.plan, out, planned.profiles, progress, metrics)
     labels, logits = score_split(load_artifact(out).model, dataset, split)
     _, reference = score_split(model_of_checkpoint(checkpoint, dataset.transform), dataset, split)
     return {
@@ -49,4 +77,55 @@ def compress_checkpoint(
         **manifest["sizes"],
         "split": split,
         **asdict(compare(labels, logits, reference)),
+        **({"by_table": by_table} if by_table else {}),
     }
+
+
+def profiles_for(
+    plan: CompressionPlan, checkpoint: Checkpoint, dataset: Dataset, progress: ReportProgress
+) -> dict[str, TableProfile]:
+    """Profiles whose rows are ranked as a plan asks."""
+    fisher = sensitivities(checkpoint, dataset, progress) if plan.order == "fisher" else None
+    return profile_tables(checkpoint, dataset, progress, plan.order, fisher)
+
+
+def plan_budget(checkpoint: Checkpoint, dataset: Dataset, budget: str, progress: ReportProgress) -> Planned:
+    """The plan of least predicted loss within a budget. Raises: PlanError when the budget is below the floor."""
+    size = parse_budget(budget, sum(t.fp32_bytes for t in dataset.transform.tables.values()))
+    fisher = sensitivities(checkpoint, dataset, progress)
+    profiles = profile_tables(checkpoint, dataset, progress, "fisher", fisher)
+    predicted = predict(checkpoint, profiles, fisher, dataset.rows("train"), progress)
+    found = plan_for_budget(profiles, predicted, size, checkpoint=checkpoint.version)
+    return Planned(found.plan, profiles, found.predicted)
+
+
+def measure_tables(
+    checkpoint: Checkpoint,
+    dataset: Dataset,
+    planned: Planned,
+    resolved: Mapping[str, ResolvedTable],
+    progress: ReportProgress,
+) -> dict[str, dict[str, float]]:
+    """What compressing each table alone costs on validation rows, beside what was predicted: nats of mean log loss.
+
+    `error`: standard error of the measured figure. Empty where nothing was predicted.
+    """
+    if planned.predicted is None:
+        return {}
+    working = extract(checkpoint, dataset.transform, planned.profiles, spread_rows(dataset, "val", MEASURED_ROWS))
+
+    def losses(tables: Mapping[str, ResolvedTable] | None) -> np.ndarray:
+        logits = score(working, tables)
+        return sum(row_losses(working.labels[:, t], logits[:, t]) for t in range(logits.shape[1]))
+
+    base = losses(None)
+    measured = {}
+    for index, (name, part) in enumerate(resolved.items()):
+        change = losses({name: part}) - base
+        measured[name] = {
+            "predicted": planned.predicted[name],
+            "measured": float(change.mean()),
+            "error": float(change.std() / np.sqrt(len(change))),
+        }
+        progress("measure", index + 1, len(resolved))
+    return measured

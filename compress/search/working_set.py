@@ -84,12 +84,12 @@ def trial_model(
 ) -> tuple[CompressedModel, dict[str, np.ndarray]]:
     """The model that scores the sample as the compressed whole would, and the row (M,) of each row of the working set.
 
-    The fp32 model when nothing is resolved.
+    A table that is not resolved stays fp32; so do all where nothing is.
     """
     tables, local, rows_of = [], {}, {}
     for name, info in working.transform.tables.items():
         ranks = working.ranks[name]
-        if resolved is None:
+        if resolved is None or name not in resolved:
             tables.append(whole_table(info, len(ranks)))
             rows_of[name] = np.arange(len(ranks))
             continue
@@ -99,7 +99,7 @@ def trial_model(
     block = torch.zeros(pieces_of(tables)[1], dtype=torch.uint8)
     for table, views in zip(tables, tier_views(block, tables), strict=True):
         values = torch.tensor(working.weights[table.name])
-        if resolved is None:
+        if table.name not in local:
             views[0][:] = quantize_rows(values, 32)
             continue
         part = local[table.name]
