@@ -1,12 +1,124 @@
-import numpy as np
+"""Low rank: narrow rows and a small matrix after pooling, or one linear layer as two.
+
+Pooling is linear, so a table of rows w (D,) may store w @ encoder (r,) and multiply by decoder (r, D) after pooling.
+What counts is the loss over lookups: rows are weighted by how often they are read, and errors by a metric F (D, D), the
+Fisher matrix of the pooled output, where there is one. Both come as small matrices that one streamed pass sums up.
+
+Legend: N rows, D embedding dim, r rank, I inputs, O outputs of a linear layer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import PlanError
+
+_FLOOR = 1e-10  # of the largest eigenvalue: directions below it are taken for that small, so that roots can be inverted
 
 
-def rank_for_energy(moment, energy):
-    v = np.linalg.eigvalsh(moment)[::-1].clip(0)
-    return int(np.searchsorted(np.cumsum(v) / v.sum(), energy) + 1)
+def second_moment(rows_ND: Tensor, weight_N: Tensor | None = None) -> Tensor:
+    """The sum (D, D) float64 of n_r w_r w_r' over rows (N, D), with n_r = 1 without weights. Chunks add up."""
+    rows_ND = rows_ND.double()
+    weighted_ND = rows_ND if weight_N is None else rows_ND * weight_N.double()[:, None]
+    return weighted_ND.T @ rows_ND
 
 
-def factor(moment, rank):
-    v, q = np.linalg.eigh(moment)
-    q = q[:, ::-1][:, :rank]
-    return q, q.T
+def factor(
+    second_moment_DD: Tensor,
+    rank: int | None = None,
+    energy: float | None = None,
+    metric_DD: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The encoder (D, r) and decoder (r, D), fp32, of least sum of n_r e'F e, where e = w - (w @ encoder) @ decoder.
+
+    second_moment_DD: the sum of n_r w w' over all rows. metric_DD: F, the identity if None. Give a rank, or the share
+    of energy to keep. Stored columns are uncorrelated and come by falling energy, so a lower rank is a prefix of them;
+    with the identity the decoder's rows are orthonormal.
+    Raises: PlanError for a rank outside 1 to D, an energy outside 0 to 1, or matrices that are not finite and square.
+    Source: Eckart and Young in the norm of F: with S = F^(1/2), the leading eigenvectors U of S M S give S U and U'/S.
+    """
+    moment_DD = _checked(second_moment_DD, "second moment")
+    root_DD, inverse_DD = _roots(metric_DD, len(moment_DD))
+    values_D, vectors_DD = torch.linalg.eigh(root_DD @ moment_DD @ root_DD)
+    rank = _rank(values_D.flip(0), rank, energy)
+    leading_Dr = vectors_DD[:, -rank:].flip(1)
+    return (root_DD @ leading_Dr).float(), (leading_Dr.T @ inverse_DD).float()
+
+
+def energies(second_moment_DD: Tensor, metric_DD: Tensor | None = None) -> Tensor:
+    """Energy (D,) float64 of each stored column by falling size; what a rank r loses is the sum from r on."""
+    moment_DD = _checked(second_moment_DD, "second moment")
+    root_DD, _ = _roots(metric_DD, len(moment_DD))
+    return torch.linalg.eigvalsh(root_DD @ moment_DD @ root_DD).flip(0).clamp_min(0)
+
+
+def rank_for_energy(energies_D: Tensor, energy: float) -> int:
+    """The least rank, at least 1, whose columns hold a share of the energy. Raises: PlanError unless 0 < energy <= 1."""
+    if not 0 < energy <= 1:
+        raise PlanError(f"energy {energy}: a share above 0 and at most 1, .99 for example")
+    kept_D = energies_D.clamp_min(0).double().cumsum(0)
+    enough = kept_D >= energy * kept_D[-1] * (1 - 1e-12)
+    return int(enough.int().argmax()) + 1
+
+
+def factor_linear(
+    linear: nn.Linear,
+    rank: int | None = None,
+    energy: float | None = None,
+    input_second_moment_II: Tensor | None = None,
+) -> nn.Sequential:
+    """Two layers, (I -> r) without bias and (r -> O), of least squared error of the outputs.
+
+    input_second_moment_II: the sum of x x' over inputs seen, so that directions that inputs do not take cost nothing;
+    without it all directions weigh the same (a plain SVD of the weight).
+    Raises: PlanError as `factor`; the rank is at most min(I, O).
+    """
+    weight_OI = linear.weight.detach().double()
+    outputs, inputs = weight_OI.shape
+    root_II, inverse_II = _roots(input_second_moment_II, inputs, "input second moment")
+    left_Ok, values_k, right_kI = torch.linalg.svd(weight_OI @ root_II, full_matrices=False)
+    rank = _rank(values_k.square(), rank, energy)
+    first = nn.Linear(inputs, rank, bias=False)
+    second = nn.Linear(rank, outputs, bias=linear.bias is not None)
+    spread_r = values_k[:rank].sqrt()  # shared between both, so that neither has weights of another scale
+    with torch.no_grad():
+        first.weight.copy_(spread_r[:, None] * right_kI[:rank] @ inverse_II)
+        second.weight.copy_(left_Ok[:, :rank] * spread_r)
+        if linear.bias is not None:
+            second.bias.copy_(linear.bias)
+    return nn.Sequential(first, second).to(linear.weight.dtype)
+
+
+def _rank(energies_k: Tensor, rank: int | None, energy: float | None) -> int:
+    if (rank is None) == (energy is None):
+        raise PlanError("low rank: give a rank, or the share of energy to keep, and not both")
+    if energy is not None:
+        return rank_for_energy(energies_k, energy)
+    assert rank is not None
+    if not 1 <= rank <= len(energies_k):
+        raise PlanError(f"rank {rank}: give one from 1 to {len(energies_k)}")
+    return rank
+
+
+def _checked(matrix_DD: Tensor, what: str) -> Tensor:
+    """The matrix as symmetric float64."""
+    matrix_DD = matrix_DD.detach().double()
+    if matrix_DD.ndim != 2 or matrix_DD.shape[0] != matrix_DD.shape[1] or not bool(torch.isfinite(matrix_DD).all()):
+        raise PlanError(f"{what} of shape {tuple(matrix_DD.shape)}: a square matrix of finite numbers")
+    return (matrix_DD + matrix_DD.T) / 2
+
+
+def _roots(matrix_DD: Tensor | None, dim: int, what: str = "metric") -> tuple[Tensor, Tensor]:
+    """Symmetric square root of a matrix, the identity if None, and its inverse (D, D) float64."""
+    if matrix_DD is None:
+        return torch.eye(dim, dtype=torch.float64), torch.eye(dim, dtype=torch.float64)
+    matrix_DD = _checked(matrix_DD, what)
+    if len(matrix_DD) != dim:
+        raise PlanError(f"{what} of shape {tuple(matrix_DD.shape)}: {dim} x {dim}, as what it weighs")
+    values_D, vectors_DD = torch.linalg.eigh(matrix_DD)
+    largest = float(values_D[-1])
+    if largest <= 0:
+        return _roots(None, dim)
+    root_D = values_D.clamp_min(_FLOOR * largest).sqrt()
+    return (vectors_DD * root_D) @ vectors_DD.T, (vectors_DD / root_D) @ vectors_DD.T

@@ -106,8 +106,8 @@ def _above_floor(options: list[Options], budget: int, base: int) -> int:
         largest = sorted(zip(floors, (o.name for o in options), strict=True), reverse=True)[:5]
         held = ", ".join(f"{name} {int(size):,}" for size, name in largest if size)
         raise PlanError(
-            f"budget {budget + base:,} bytes: the floor is {base + int(floors.sum()):,} bytes: {base:,} of reserved and "
-            f"shared rows{', id maps of ' + held if held else ''}: give more bytes"
+            f"budget {budget + base:,} bytes: the floor is {base + int(floors.sum()):,}: {base:,} of reserved and shared "
+            f"rows{', id maps of ' + held if held else ''}: give more bytes"
         )
     return budget
 

@@ -1,0 +1,279 @@
+"""A byte budget becomes a choice for every bucket of every table: pure functions of bytes and predicted losses.
+
+`allocate` is for tiers: within a table the options may only fall with rank, so that every tier is one prefix cut. Under
+one Lagrange multiplier a dynamic program solves each table exactly; bisection finds the multiplier that meets the
+budget, and what the lower convex hull leaves unspent goes to the best single moves. `knapsack` is for one option a
+table: there the hull misses the budget by whole tables, so it is solved exactly.
+
+Legend: T tables, E buckets in order of rank, B options in order of rising bits, S states of the knapsack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from compress.errors import PlanError
+
+MAX_STATES = 1 << 18
+_BISECTIONS = 40  # of a range of 1e24, by ratio: to a relative 5e-11
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the buckets of a table may become.
+
+    bytes_EB, loss_EB (E, B): of each bucket under each option; an infinite loss marks an option that a table cannot
+    have (a dim that does not pack). Buckets come in order of rank, options in order of rising bits; option 0 may read
+    the centroid. fixed_B (B,): bytes that an option costs once where any bucket takes it (a tier, the id map).
+    """
+
+    name: str
+    bytes_EB: np.ndarray  # noqa: N815
+    loss_EB: np.ndarray  # noqa: N815
+    fixed_B: np.ndarray | None = None  # noqa: N815
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """choices: of each table the option (E,) int64 of each bucket, non-increasing. bytes and loss (T,): of each table.
+
+    multiplier: predicted loss that one more byte would save, 0 where the budget does not bind.
+    """
+
+    choices: list[np.ndarray]
+    bytes: np.ndarray
+    loss: np.ndarray
+    multiplier: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """choices: the option of each table. exact: False when more than MAX_STATES states had to be thinned out."""
+
+    choices: list[int]
+    bytes: int
+    loss: float
+    exact: bool
+
+
+def allocate(tables: Sequence[Options], budget_bytes: int) -> Allocation:
+    """The options of least predicted loss within a budget; see the top of this file.
+
+    The loss is within the last move of the optimum: no byte count on the lower convex hull is missed.
+    Raises: PlanError for arrays that do not fit together, and for a budget below the floor, with what holds that up.
+    """
+    grid = _Grid(tables)
+    floor_TE = grid.floor()
+    _check_floor(tables, grid.table_bytes(floor_TE), budget_bytes)
+    best_TE, multiplier = grid.lagrange(0.0), 0.0
+    if int(grid.table_bytes(best_TE).sum()) > budget_bytes:
+        best_TE, multiplier = _bisect(grid, floor_TE, budget_bytes)
+        grid.fill(best_TE, budget_bytes)
+    choices = [best_TE[index, : len(table.bytes_EB)] for index, table in enumerate(tables)]
+    return Allocation(choices, grid.table_bytes(best_TE), grid.table_loss(best_TE), multiplier)
+
+
+def _bisect(grid: _Grid, floor_TE: np.ndarray, budget_bytes: int) -> tuple[np.ndarray, float]:
+    """The plan of the smallest multiplier that meets the budget, and that multiplier."""
+    finite = np.where(np.isfinite(grid.loss_TEB), grid.loss_TEB, np.nan)
+    high = float((np.nanmax(finite, axis=2) - np.nanmin(finite, axis=2)).sum())  # a byte outweighs all losses
+    low = high * 1e-24
+    best_TE, multiplier = floor_TE, high
+    for _ in range(_BISECTIONS):
+        middle = float(np.sqrt(low) * np.sqrt(high))
+        choice_TE = grid.lagrange(middle)
+        if int(grid.table_bytes(choice_TE).sum()) > budget_bytes:
+            low = middle
+            continue
+        high = middle
+        if grid.table_loss(choice_TE).sum() <= grid.table_loss(best_TE).sum():
+            best_TE, multiplier = choice_TE, middle
+    return best_TE, multiplier
+
+
+def floor_bytes(tables: Sequence[Options]) -> np.ndarray:
+    """Fewest bytes (T,) int64 that each table can have. Raises: PlanError for arrays that do not fit together."""
+    grid = _Grid(tables)
+    return grid.table_bytes(grid.floor())
+
+
+def knapsack(tables: Sequence[Options], budget_bytes: int) -> Choice:
+    """One option a table (each with a single bucket, E = 1), of least loss within a budget.
+
+    Tables are merged one by one into the set of (bytes, loss) that no other beats in both; states that the Lagrange
+    bound rules out are dropped, which keeps the result exact. Should more than MAX_STATES remain, they are thinned out
+    evenly by bytes, and `exact` says so.
+    Raises: PlanError as `allocate`, and for a table of several buckets.
+    """
+    for table in tables:
+        if len(table.bytes_EB) != 1:
+            raise PlanError(f"table {table.name}: {len(table.bytes_EB)} buckets, the knapsack takes one: use allocate")
+    relaxed = allocate(tables, budget_bytes)
+    bytes_of = [_once(table)[0] for table in tables]
+    loss_of = [_once(table)[1] for table in tables]
+    least = [b[np.isfinite(v)].min() for b, v in zip(bytes_of, loss_of, strict=True)]
+    bound = [(v + relaxed.multiplier * b).min() for b, v in zip(bytes_of, loss_of, strict=True)]
+    # a little above the loss of a plan at hand, which must itself survive its rounding
+    limit = float(relaxed.loss.sum()) + 1e-9 * (abs(float(relaxed.loss.sum())) + 1e-300)
+    bytes_S, loss_S = np.zeros(1, dtype=np.int64), np.zeros(1)
+    trail: list[tuple[np.ndarray, np.ndarray]] = []
+    exact = True
+    for index, (own_bytes, own_loss) in enumerate(zip(bytes_of, loss_of, strict=True)):
+        total = (bytes_S[:, None] + own_bytes).ravel()
+        loss = (loss_S[:, None] + own_loss).ravel()
+        reach = loss + relaxed.multiplier * (total - budget_bytes) + sum(bound[index + 1 :])
+        kept = np.flatnonzero((total + sum(least[index + 1 :]) <= budget_bytes) & (reach <= limit))
+        kept = kept[_pareto(total[kept], loss[kept])]
+        if len(kept) > MAX_STATES:
+            kept, exact = kept[np.linspace(0, len(kept) - 1, MAX_STATES).astype(np.int64)], False
+        bytes_S, loss_S = total[kept], loss[kept]
+        trail.append((kept // len(own_bytes), kept % len(own_bytes)))
+    if not exact and (not len(loss_S) or loss_S[-1] > relaxed.loss.sum()):
+        found = [int(choice[0]) for choice in relaxed.choices]
+        return Choice(found, int(relaxed.bytes.sum()), float(relaxed.loss.sum()), exact)
+    state, choices = len(loss_S) - 1, []  # the last of a Pareto set has the least loss
+    final = int(bytes_S[state]), float(loss_S[state])
+    for parents, options in reversed(trail):
+        choices.append(int(options[state]))
+        state = int(parents[state])
+    return Choice(choices[::-1], *final, exact)
+
+
+def _once(table: Options) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes, fixed ones included, and loss (B,) of a table of one bucket."""
+    fixed = 0 if table.fixed_B is None else table.fixed_B
+    return (table.bytes_EB[0] + fixed).astype(np.int64), table.loss_EB[0].astype(np.float64)
+
+
+def _pareto(bytes_S: np.ndarray, loss_S: np.ndarray) -> np.ndarray:
+    """Indices of the states that no other beats in both, by rising bytes."""
+    order = np.lexsort((loss_S, bytes_S))
+    sorted_loss = loss_S[order]
+    before = np.concatenate([[np.inf], np.minimum.accumulate(sorted_loss)[:-1]])
+    return order[sorted_loss < before]
+
+
+def _check_floor(tables: Sequence[Options], bytes_T: np.ndarray, budget_bytes: int) -> None:
+    floor = int(bytes_T.sum())
+    if floor <= budget_bytes:
+        return
+    largest = np.argsort(-bytes_T, kind="stable")[:3]
+    parts = ", ".join(f"{tables[i].name} {int(bytes_T[i]):,}" for i in largest)
+    raise PlanError(
+        f"budget {budget_bytes:,} bytes: the tables need {floor:,} at least, of which {parts}: raise the budget, "
+        f"or allow these tables fewer bits, a smaller share of rows or a lower rank"
+    )
+
+
+class _Grid:
+    """All tables in arrays of one size. Buckets that only pad a table cost nothing, options that pad are infinite."""
+
+    def __init__(self, tables: Sequence[Options]) -> None:
+        for table in tables:
+            _check(table)
+        buckets = max((len(t.bytes_EB) for t in tables), default=1)
+        options = max((t.bytes_EB.shape[1] for t in tables), default=1)
+        self.bytes_TEB = np.zeros((len(tables), buckets, options), dtype=np.int64)
+        self.loss_TEB = np.zeros((len(tables), buckets, options))
+        self.fixed_TB = np.zeros((len(tables), options), dtype=np.int64)
+        lengths_T = np.array([len(t.bytes_EB) for t in tables], dtype=np.int64)
+        self.real_TE = np.arange(buckets) < lengths_T[:, None]
+        for index, table in enumerate(tables):
+            own_buckets, own_options = table.bytes_EB.shape
+            self.bytes_TEB[index, :own_buckets, :own_options] = table.bytes_EB
+            self.loss_TEB[index, :own_buckets, :own_options] = table.loss_EB
+            self.loss_TEB[index, :, own_options:] = np.inf
+            if table.fixed_B is not None:
+                self.fixed_TB[index, :own_options] = table.fixed_B
+
+        unplanned = ~np.isfinite(self.table_loss(self.floor()))
+        if unplanned.any():
+            name = tables[int(unplanned.argmax())].name
+            raise PlanError(f"table {name}: no options that fall with rank cover all buckets: allow it more bits")
+
+    def floor(self) -> np.ndarray:
+        """The options (T, E) of fewest bytes."""
+        return self.plan(np.where(np.isfinite(self.loss_TEB), self.bytes_TEB, np.inf), self.fixed_TB)
+
+    def lagrange(self, multiplier: float) -> np.ndarray:
+        """The options (T, E) of least loss + multiplier * bytes."""
+        return self.plan(self.loss_TEB + multiplier * self.bytes_TEB, multiplier * self.fixed_TB)
+
+    def plan(self, costs_TEB: np.ndarray, entry_TB: np.ndarray) -> np.ndarray:
+        """The options (T, E), non-increasing along E, of least cost, where the first bucket of an option pays entry."""
+        tables, buckets, options = costs_TEB.shape
+        following = np.zeros((tables, buckets, options), dtype=np.int64)
+        value_TB = costs_TEB[:, -1]
+        own = np.arange(options)
+        for bucket in range(buckets - 2, -1, -1):
+            entered = value_TB + entry_TB
+            least = np.minimum.accumulate(entered, axis=1)
+            lower = np.concatenate([np.full((tables, 1), np.inf), least[:, :-1]], axis=1)
+            where_least = np.maximum.accumulate(np.where(entered < lower, own, 0), axis=1)
+            where_lower = np.concatenate([np.zeros((tables, 1), dtype=np.int64), where_least[:, :-1]], axis=1)
+            stays = value_TB < lower  # at a tie fewer bits
+            stays[:, 0] = True
+            following[:, bucket] = np.where(stays, own, where_lower)
+            value_TB = costs_TEB[:, bucket] + np.minimum(value_TB, lower)
+        chosen = np.empty((tables, buckets), dtype=np.int64)
+        chosen[:, 0] = (value_TB + entry_TB).argmin(1)
+        for bucket in range(1, buckets):
+            chosen[:, bucket] = following[np.arange(tables), bucket - 1, chosen[:, bucket - 1]]
+        return chosen
+
+    def table_bytes(self, choice_TE: np.ndarray) -> np.ndarray:
+        """Bytes (T,) int64 of a plan."""
+        own = np.take_along_axis(self.bytes_TEB, choice_TE[:, :, None], axis=2).sum((1, 2))
+        used = self._taken(choice_TE) > 0
+        return own + (self.fixed_TB * used).sum(1)
+
+    def table_loss(self, choice_TE: np.ndarray) -> np.ndarray:
+        """Loss (T,) of a plan."""
+        return np.take_along_axis(self.loss_TEB, choice_TE[:, :, None], axis=2).sum((1, 2))
+
+    def fill(self, choice_TE: np.ndarray, budget_bytes: int) -> None:
+        """Spend what is left of the budget, in place: the bucket that gains most a byte takes more bits, repeatedly."""
+        left = budget_bytes - int(self.table_bytes(choice_TE).sum())
+        options = np.arange(self.bytes_TEB.shape[2])
+        while left >= 0:
+            now = choice_TE[:, :, None]
+            ceiling = np.concatenate([np.full((len(choice_TE), 1), options[-1]), choice_TE[:, :-1]], axis=1)
+            taken = self._taken(choice_TE)
+            vacated = (np.take_along_axis(taken, choice_TE, 1) == 1) * np.take_along_axis(self.fixed_TB, choice_TE, 1)
+            more = self.bytes_TEB - np.take_along_axis(self.bytes_TEB, now, axis=2) - vacated[:, :, None]
+            more = more + ((taken == 0) * self.fixed_TB)[:, None, :]
+            gain = np.take_along_axis(self.loss_TEB, now, axis=2) - self.loss_TEB
+            able = (options > now) & (options <= ceiling[:, :, None]) & (more <= left) & (gain > 0)
+            if not able.any():
+                return
+            rate = np.where(able, gain / np.maximum(more, 1e-9), -1.0)
+            table, bucket, option = np.unravel_index(int(rate.argmax()), rate.shape)
+            choice_TE[table, bucket] = option
+            left -= int(more[table, bucket, option])
+
+    def _taken(self, choice_TE: np.ndarray) -> np.ndarray:
+        """How many buckets (T, B) take each option."""
+        return ((choice_TE[:, :, None] == np.arange(self.bytes_TEB.shape[2])) & self.real_TE[:, :, None]).sum(1)
+
+
+def _check(table: Options) -> None:
+    shape = table.bytes_EB.shape
+    if len(shape) != 2 or 0 in shape or table.loss_EB.shape != shape:
+        raise PlanError(
+            f"table {table.name}: bytes of shape {shape}, losses of {table.loss_EB.shape}: both are (buckets, options)"
+        )
+    if table.fixed_B is not None and table.fixed_B.shape != shape[1:]:
+        raise PlanError(f"table {table.name}: fixed bytes of shape {table.fixed_B.shape}, options are {shape[1]}")
+    if np.isnan(table.loss_EB).any() or (table.loss_EB == -np.inf).any() or (table.bytes_EB < 0).any():
+        raise PlanError(f"table {table.name}: a loss is NaN, or bytes are negative: profile the table again")
+
+
+def relaxed(tables: Sequence[Options], multiplier: float) -> Allocation:
+    """The options of least predicted loss plus `multiplier` times the bytes, whatever these sum to."""
+    grid = _Grid(tables)
+    choice_TE = grid.lagrange(multiplier)  # noqa: N806
+    choices = [choice_TE[index, : len(table.bytes_EB)] for index, table in enumerate(tables)]
+    return Allocation(choices, grid.table_bytes(choice_TE), grid.table_loss(choice_TE), multiplier)
