@@ -56,8 +56,11 @@ class ResolvedTable:
     id_map_bytes: int
 
     def code(self, rows_ND: Tensor, tier: int) -> Tensor:  # noqa: N803
-        """Rows (N, D) fp32 as a tier stores them: (N, W) uint8."""
-        narrow = rows_ND if self.encoder is None else rows_ND @ torch.from_numpy(self.encoder)
+        """Rows (N, D) fp32 as a tier stores them: (N, W) uint8.
+
+        Narrowed in fp64, as fp32 products round otherwise with few rows than with many, and trials code few.
+        """
+        narrow = rows_ND if self.encoder is None else (rows_ND.double() @ torch.from_numpy(self.encoder).double()).float()
         return quantize_rows(narrow, self.stored.tiers[tier].bits, self.clip)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from compress.errors import PlanError
 from trainer.config import describe, load_yaml
@@ -33,7 +33,7 @@ class Cut(Config):
     @property
     def whole(self) -> bool:
         """Whether it reaches all rows."""
-        return self.rows is None and (self.keep or self.coverage or 1.0) == 1.0
+        return self.rows is None and self.coverage is None and self.keep in (None, 1.0)
 
 
 class TierPlan(Cut):
@@ -73,6 +73,11 @@ class TablePlan(Cut):
         if self.unknown == "shared" and self.centroids > 1:
             raise ValueError("unknown: shared leaves one row for all that is cut: centroids is 1 then")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_unused_bits(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `bits` out beside tiers, so that what is written can be read again."""
+        return {key: value for key, value in plain(self).items() if key != "bits" or not self.tiers}
 
     @property
     def all_tiers(self) -> tuple[TierPlan, ...]:

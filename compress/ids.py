@@ -49,8 +49,11 @@ class Layout:
 
     @property
     def untouched(self) -> bool:
-        """Whether every row is kept, in one tier."""
-        return len(self.cuts) == 1 and self.kept == len(self.order)
+        """Whether every row is kept, in one tier, with no centroid before them.
+
+        The rows that a sample touches may all be kept and still lie behind centroids.
+        """
+        return len(self.cuts) == 1 and self.kept == len(self.order) and not self.bands
 
     def segments(self) -> list[np.ndarray]:
         """Training rows of each tier, then of each band, reserved rows left out; inside each by rank."""

@@ -13,6 +13,7 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -209,11 +210,11 @@ class Lookup:
         shapes = {(t.width, len(t.tiers)) for t in tables}
         if not self.decoders and len(shapes) == 1:
             (width, count), rows = shapes.pop(), len(pooled_BP)
-            return pooled_BP.view(rows, len(tables), count, width).sum(2).view(rows, -1)
+            return _summed(pooled_BP.view(rows, len(tables), count, width)).view(rows, -1)
         parts = []
         of_lookup = pooled_BP.split([t.width * len(t.tiers) for t in tables], dim=1)
         for table, part in zip(tables, of_lookup, strict=True):
-            summed = part.unflatten(1, (len(table.tiers), table.width)).sum(1) if len(table.tiers) > 1 else part
+            summed = _summed(part.unflatten(1, (len(table.tiers), table.width)))
             decoder = self.decoders.get(table.name)
             parts.append(summed if decoder is None else summed @ decoder)
         return torch.cat(parts, dim=1)
@@ -262,6 +263,11 @@ class Lookup:
                 torch.nn.functional.embedding_bag(local.long(), values, offsets, mode=mode, per_sample_weights=weights)
             )
         return torch.cat(parts, dim=1)
+
+
+def _summed(tiers: Tensor) -> Tensor:
+    """Tiers (..., tiers, width) added one after the other: one that a sample never touches changes no digit."""
+    return reduce(torch.add, tiers.unbind(-2))
 
 
 def _spec(table: StoredTable, tier: int) -> tuple[str, int, int, SparseType, EmbeddingLocation]:

@@ -23,7 +23,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from compress.artifact import Artifact, load_artifact
 from compress.compressor import compress
 from compress.config import CompressionPlan, TablePlan
-from compress.lookup import PackedTable, table_offsets, table_view
+from compress.lookup import StoredTable, Tier, pieces_of, tier_views
 from compress.methods.codec import quantize_rows
 from compress.model import CompressedModel, model_of_checkpoint
 from compress.search.profile import TableProfile, profile_tables
@@ -277,17 +277,32 @@ def random_rows(rows: int, dim: int, seed: int = 0) -> torch.Tensor:
     return torch.randn((rows, dim), generator=generator) * scale
 
 
-def packed_block(tables: Sequence[PackedTable], seed: int = 0) -> torch.Tensor:
+def stored(
+    name: str,
+    rows: int | Sequence[int],
+    dim: int,
+    bits: int | Sequence[int],
+    features: tuple[str, ...],
+    width: int | None = None,
+) -> StoredTable:
+    """A table of one tier, or of several where rows and bits are sequences."""
+    sizes, each = (rows, bits) if isinstance(rows, Sequence) else ((rows,), (bits,))
+    tiers = tuple(Tier(n, b) for n, b in zip(sizes, each, strict=True))  # type: ignore[arg-type]
+    return StoredTable(name, dim, width or dim, tiers, features)
+
+
+def packed_block(tables: Sequence[StoredTable], seed: int = 0) -> torch.Tensor:
     """A block of bytes with random rows of these tables."""
-    block = torch.zeros(table_offsets(tables)[1], dtype=torch.uint8)
-    for index, table in enumerate(tables):
-        rows = random_rows(table.rows, table.dim, seed + index)
-        table_view(block, tables, index)[:] = quantize_rows(rows, table.bits)
+    block = torch.zeros(pieces_of(tables)[1], dtype=torch.uint8)
+    for index, (table, views) in enumerate(zip(tables, tier_views(block, tables), strict=True)):
+        rows = random_rows(table.rows, table.width, seed + index)
+        for first, tier, view in zip(table.firsts, table.tiers, views, strict=True):
+            view[:] = quantize_rows(rows[first : first + tier.rows], tier.bits)
     return block
 
 
 def random_bags(
-    tables: Sequence[PackedTable], features: Sequence[str], batch: int, seed: int = 0, longest: int = 4
+    tables: Sequence[StoredTable], features: Sequence[str], batch: int, seed: int = 0, longest: int = 4
 ) -> KeyedJaggedTensor:
     """Bags of 0 to `longest` ids a feature and row."""
     rng = np.random.default_rng(seed)

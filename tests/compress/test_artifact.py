@@ -51,6 +51,17 @@ def first_table(**changes: Any) -> Change:
     return lambda m: {**m, "tables": [{**m["tables"][0], **changes}, *m["tables"][1:]]}
 
 
+def first_tier(**changes: Any) -> Change:
+    """A change of the first table's first tier."""
+
+    def change(manifest: dict[str, Any]) -> dict[str, Any]:
+        first, *others = manifest["tables"]
+        tiers = [{**first["tiers"][0], **changes}, *first["tiers"][1:]]
+        return {**manifest, "tables": [{**first, "tiers": tiers}, *others]}
+
+    return change
+
+
 def without(key: str) -> Change:
     """A manifest that lacks a key."""
     return lambda m: {k: v for k, v in m.items() if k != key}
@@ -180,20 +191,25 @@ def test_manifest_of_another_format_is_refused(copy: Path, version: object) -> N
 @pytest.mark.parametrize(
     "change",
     [
-        *[pytest.param(without(k), id=f"no {k}") for k in ("files", "tables", "cuts", "run", "version")],
-        *[pytest.param(lambda m, k=k: {**m, k: None}, id=f"null {k}") for k in ("tables", "cuts", "run")],
+        *[pytest.param(without(k), id=f"no {k}") for k in ("files", "tables", "run", "version")],
+        *[pytest.param(lambda m, k=k: {**m, k: None}, id=f"null {k}") for k in ("tables", "run")],
         pytest.param(lambda m: {**m, "tables": []}, id="no table"),
         pytest.param(lambda m: {**m, "tables": [1]}, id="tables of numbers"),
         pytest.param(lambda m: {**m, "tables": m["tables"][:-1]}, id="a table less"),
         pytest.param(lambda m: {**m, "tables": m["tables"][::-1]}, id="tables reversed"),
-        pytest.param(lambda m: {**m, "cuts": {}}, id="no cut"),
-        pytest.param(lambda m: {**m, "cuts": {**m["cuts"], "user_id": 5}}, id="a smaller cut"),
-        pytest.param(lambda m: {**m, "cuts": {**m["cuts"], "user_id": 5000}}, id="a larger cut"),
-        pytest.param(first_table(bits=3), id="unknown bits"),
-        pytest.param(first_table(bits=8), id="other bits"),
-        pytest.param(first_table(rows=-1), id="negative rows"),
-        pytest.param(first_table(rows=10**30), id="very many rows"),
-        pytest.param(first_table(rows="x"), id="rows of text"),
+        pytest.param(first_tier(bits=3), id="unknown bits"),
+        pytest.param(first_tier(bits=8), id="other bits"),
+        pytest.param(first_tier(rows=5), id="fewer rows"),
+        pytest.param(first_tier(rows=5000), id="more rows"),
+        pytest.param(first_tier(rows=-1), id="negative rows"),
+        pytest.param(first_tier(rows=10**30), id="very many rows"),
+        pytest.param(first_tier(rows="x"), id="rows of text"),
+        pytest.param(first_table(tiers=[]), id="no tier"),
+        pytest.param(first_table(tiers=None), id="null tiers"),
+        pytest.param(first_table(tiers=[{"rows": 5}]), id="a tier without bits"),
+        pytest.param(first_table(centroids=0), id="a centroid less"),
+        pytest.param(first_table(centroids=70), id="more centroids"),
+        pytest.param(first_table(width=8), id="another width"),
         pytest.param(first_table(dim=12), id="another dim"),
         pytest.param(first_table(features=[]), id="a table that nothing reads"),
         pytest.param(first_table(colour="red"), id="an unknown key"),

@@ -3,37 +3,58 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from compress_builders import World, build_world, quiet, save_random_checkpoint
+from safetensors.torch import load_file
 
 from compress.artifact import Artifact, load_artifact
 from compress.compressor import compress, data_of, resolve, table_bytes
-from compress.config import CompressionPlan, TablePlan
+from compress.config import CompressionPlan, TablePlan, TierPlan
 from compress.errors import PlanError
-from compress.lookup import table_offsets, table_view
-from compress.methods.codec import quantize_rows
+from compress.ids import target_rows
+from compress.lookup import pieces_of, tier_views
+from compress.methods.codec import dequantize_rows
 from compress.model import score_split
 from compress.pipeline import compress_checkpoint
+from compress.search.profile import UNSEEN_WEIGHT
 from trainer.data.transform import read_arrow
 from trainer.errors import DataError, SlimrankError
+
+
+
+def tier(bits: int, **cut: Any) -> TierPlan:
+    """A tier of a plan."""
+    return TierPlan(bits=bits, **cut)  # type: ignore[arg-type]
+
 
 PLANS = {
     "int8": CompressionPlan(),
     "fp32": CompressionPlan(default=TablePlan(bits=32)),
     "int4, half the rows": CompressionPlan(default=TablePlan(bits=4, keep=0.5)),
     "all pruned": CompressionPlan(default=TablePlan(bits=16, keep=1e-9)),
+    "tiers": CompressionPlan(default=TablePlan(tiers=(tier(16, keep=0.1), tier(8, coverage=0.5), tier(4, keep=0.6)))),
+    "forgotten": CompressionPlan(default=TablePlan(bits=4, keep=0.4, unknown="shared")),
+    "bands": CompressionPlan(default=TablePlan(tiers=(tier(8, rows=9), tier(4, keep=0.3)), centroids=4)),
+    "narrow": CompressionPlan(tables={"user_id": TablePlan(bits=4, rank=8, keep=0.5), "city": TablePlan(columns=8)}),
     "hash table pruned alone": CompressionPlan(tables={"city": TablePlan(bits=4, coverage=0.5)}),
 }
 
 
 def bytes_of_ids(folder: Path) -> int:
-    """Bytes of keys and remap in ids.arrow."""
-    table = read_arrow(folder / "ids.arrow")
-    return sum(len(table[c][i].as_py()) for c in ("keys", "remap") for i in range(len(table)))
+    """Bytes of what ids.arrow packs."""
+    return sum(len(packed.as_py()) for packed in read_arrow(folder / "ids.arrow")["packed"])
+
+
+def bits_of(manifest: dict[str, Any]) -> set[int]:
+    """Bits of all tiers of an artifact."""
+    return {tier["bits"] for table in manifest["tables"] for tier in table["tiers"]}
 
 
 # -- resolve ---------------------------------------------------------------------------------------------------------
@@ -42,14 +63,15 @@ def bytes_of_ids(folder: Path) -> int:
 def test_resolve_keeps_every_row_of_an_unpruned_plan(world: World) -> None:
     for name, table in resolve(CompressionPlan(), world.profiles).items():
         rows = world.dataset.transform.tables[name].num_embeddings
-        assert (table.cut, table.table.rows, table.pruned) == (rows, rows, False)
+        assert (table.layout.kept, table.stored.rows, len(table.centroids)) == (rows, rows, 0)
+        assert table.layout.untouched
 
 
 def test_resolve_adds_a_centroid_to_a_pruned_table(world: World) -> None:
     resolved = resolve(CompressionPlan(tables={"user_id": TablePlan(keep=0.3)}), world.profiles)
-    assert resolved["user_id"].pruned
-    assert resolved["user_id"].table.rows == resolved["user_id"].cut + 1
-    assert not resolved["item_id"].pruned
+    assert len(resolved["user_id"].centroids) == resolved["user_id"].stored.centroids == 1
+    assert resolved["user_id"].stored.rows == resolved["user_id"].layout.kept + 1 < 182
+    assert len(resolved["item_id"].centroids) == 0
 
 
 def test_resolve_refuses_an_unknown_table(world: World) -> None:
@@ -65,30 +87,117 @@ def test_resolve_refuses_a_dim_that_cannot_be_packed(world: World) -> None:
 # -- bytes -----------------------------------------------------------------------------------------------------------
 
 
+def test_resolve_refuses_a_tier_that_cannot_be_packed(world: World) -> None:
+    plan = CompressionPlan(tables={"city": TablePlan(tiers=(tier(8, keep=0.1), tier(2, keep=0.5)))})
+    with pytest.raises(PlanError, match=r"table city: embedding_dim 12 .*INT2.*use more bits"):
+        resolve(plan, world.profiles)
+
+
+def test_resolve_joins_tiers_of_like_bits_and_leaves_out_those_without_rows(world: World) -> None:
+    def tiers(*asked: TierPlan, table: str = "user_id") -> list[tuple[int, int]]:
+        plan = CompressionPlan(tables={table: TablePlan(tiers=asked)})
+        part = resolve(plan, world.profiles)[table]
+        assert part.layout.kept == sum(t.rows for t in part.stored.tiers) - len(part.centroids)
+        return [(t.rows, t.bits) for t in part.stored.tiers]
+
+    assert tiers(tier(8, rows=10), tier(8)) == [(182, 8)]
+    profile = world.profiles["user_id"]
+    ten, half = profile.cut(tier(8, rows=10)), profile.cut(tier(8, keep=0.5))
+    assert 10 <= ten < half < 182
+    assert tiers(tier(8, rows=10), tier(4, keep=0.5)) == [(ten + 1, 8), (half - ten, 4)]  # the centroid is in the first
+    assert tiers(tier(8, keep=0.5), tier(4, rows=10), tier(2)) == [(half, 8), (182 - half, 2)]
+    assert tiers(tier(8, keep=0.5), tier(4, rows=10)) == [(half + 1, 8)]
+    assert tiers(tier(16, keep=1e-9), tier(4, rows=181)) == [(2, 16), (180, 4)]  # a cut of one row saves none
+
+
+def test_resolve_counts_centroids_before_it_cuts(world: World) -> None:
+    """Ten genres: three centroids for the last three rows would save nothing."""
+    rows = {c: resolve(cut_genres(c), world.profiles)["genres"].stored for c in (1, 2, 3, 4)}
+    assert [(t.rows, t.centroids) for t in rows.values()] == [(8, 1), (9, 2), (10, 0), (10, 0)]
+
+
+def cut_genres(centroids: int) -> CompressionPlan:
+    """A plan that keeps seven of the ten rows of genres."""
+    return CompressionPlan(tables={"genres": TablePlan(rows=7, centroids=centroids)})
+
+
+def test_compress_refuses_a_plan_for_another_checkpoint(world: World, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=rf"for checkpoint another, .*{world.checkpoint.version}.*remove `checkpoint`"):
+        world.compress(CompressionPlan(checkpoint="another"), tmp_path / "a")
+    world.compress(CompressionPlan(checkpoint=world.checkpoint.version), tmp_path / "a")
+    assert load_artifact(tmp_path / "a").manifest["plan"]["checkpoint"] == world.checkpoint.version
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_manifest_holds_a_plan_that_can_be_read_again(world: World, name: str, tmp_path: Path) -> None:
+    manifest = world.compress(PLANS[name], tmp_path / "a")
+    assert CompressionPlan.model_validate(manifest["plan"]) == PLANS[name]
+    tables = load_artifact(tmp_path / "a").model.lookup.tables
+    assert tables == [r.stored for r in resolve(PLANS[name], world.profiles).values()]
+
+
 @pytest.mark.parametrize("name", PLANS)
 def test_predicted_bytes_are_those_written(world: World, tmp_path: Path, name: str) -> None:
     manifest = world.compress(PLANS[name], tmp_path / "a")
     predicted = table_bytes(resolve(PLANS[name], {n: p.slim() for n, p in world.profiles.items()}))
     actual = (tmp_path / "a" / "tables.bin").stat().st_size + bytes_of_ids(tmp_path / "a")
+    if (tmp_path / "a" / "decoders.safetensors").exists():
+        decoders = load_file(tmp_path / "a" / "decoders.safetensors")
+        actual += sum(4 * decoder.numel() for decoder in decoders.values())
     assert predicted == manifest["sizes"]["table_bytes"] == actual
     assert manifest["sizes"]["table_bytes_fp32"] == 4 * (182 * 16 + 161 * 8 + 10 * 8 + 202 * 12 + 14 * 4)
     on_disk = sum(p.stat().st_size for p in (tmp_path / "a").iterdir())
     assert manifest["sizes"]["artifact_bytes"] == on_disk
 
 
-def test_compress_packs_each_row_where_its_id_points(world: World, artifact: Artifact) -> None:
-    """Row by row from the checkpoint: kept rows are their own code, pruned ones the centroid's."""
-    model = artifact.model
+@pytest.mark.parametrize("name", PLANS)
+def test_compress_packs_each_row_where_its_id_points(world: World, name: str) -> None:
+    """Row by row from the checkpoint: kept rows are their own code in their tier, cut ones a mean's."""
+    model = world.artifact(PLANS[name]).model
+    resolved = resolve(PLANS[name], world.profiles)
     tables = model.lookup.tables
-    for index, table in enumerate(tables):
-        profile, cut = world.profiles[table.name], artifact.manifest["cuts"][table.name]
+    for index, (table, views) in enumerate(zip(tables, tier_views(model.lookup.block, tables), strict=True)):
+        part, profile = resolved[table.name], world.profiles[table.name]
+        assert tables[index] == part.stored
         weight = world.checkpoint.read(f"tables/{table.name}/weight")
-        view = table_view(model.lookup.block, tables, index)
-        by_rank = quantize_rows(weight, table.bits)
-        if cut < len(weight) or world.dataset.transform.id_maps[table.name].keys is not None:
-            by_rank = by_rank[profile.order]
-        assert np.array_equal(view[:cut].numpy(), by_rank[:cut].numpy())
-        assert table.rows == cut + (cut < len(weight))
+        target = target_rows(world.dataset.transform.id_maps[table.name], part.layout)
+        own = sum(len(v) for v in views) - len(part.centroids)
+        assert own == part.layout.kept
+        wanted = weight[profile.order].clone()
+        edges = [part.layout.kept, *part.layout.bands]
+        for first, last in itertools.pairwise(edges):
+            wanted[first:last] = torch.from_numpy(naive_mean(world, table.name, profile.order[first:last]))
+        if part.layout.shared:
+            wanted[0] = wanted[part.layout.kept :] = torch.from_numpy(naive_fallback(world, table.name, part.layout.kept))
+        for rank, row in enumerate(profile.order):
+            place = int(target[row])
+            tier = int(np.searchsorted(table.firsts, place, side="right")) - 1
+            code = part.code(wanted[[rank]], tier)[0]
+            stored = views[tier][place - table.firsts[tier]]
+            if rank < part.layout.kept and not (rank == 0 and part.layout.shared):
+                assert torch.equal(stored, code), (table.name, rank)
+            else:
+                found, expected = (
+                    dequantize_rows(c[None], table.width, table.tiers[tier].bits) for c in (stored, code)
+                )
+                torch.testing.assert_close(found, expected, rtol=0.01, atol=0.02 * float(expected.abs().max()))
+
+
+def naive_mean(world: World, table: str, rows: np.ndarray) -> np.ndarray:
+    """The mean of some training rows by lookups."""
+    weights = np.maximum(world.dataset.counts(table)[rows].astype(np.float64), UNSEEN_WEIGHT)
+    values = world.checkpoint.read(f"tables/{table}/weight").double().numpy()[rows]
+    return (weights @ values / weights.sum()).astype(np.float32)
+
+
+def naive_fallback(world: World, table: str, kept: int) -> np.ndarray:
+    """The mean of the rows that are cut and of the unknown ids' row, by lookups."""
+    profile = world.profiles[table]
+    rows = profile.order[kept:]
+    weights = np.maximum(world.dataset.counts(table)[rows].astype(np.float64), UNSEEN_WEIGHT)
+    values = world.checkpoint.read(f"tables/{table}/weight").double().numpy()
+    total = weights @ values[rows] + profile.unknown * values[0]
+    return (total / (weights.sum() + profile.unknown)).astype(np.float32)
 
 
 def test_compress_in_chunks_writes_the_same_bytes(
@@ -134,8 +243,8 @@ def test_compress_reports_each_table(world: World, tmp_path: Path) -> None:
 def test_compressed_table_without_padding_is_smaller_than_the_fp32_one(world: World) -> None:
     """The figure that the README quotes counts alignment: it cannot be below the rows alone."""
     resolved = resolve(CompressionPlan(default=TablePlan(bits=4)), world.profiles)
-    rows = sum(r.table.bytes for r in resolved.values())
-    padded = table_offsets([r.table for r in resolved.values()])[1]
+    rows = sum(r.stored.bytes for r in resolved.values())
+    padded = pieces_of([r.stored for r in resolved.values()])[1]
     assert rows <= padded < rows + 128 * len(resolved)
     assert table_bytes(resolved) - padded == sum(r.id_map_bytes for r in resolved.values()) > 0
 
@@ -165,7 +274,13 @@ def test_data_of_a_checkpoint_sees_any_fitted_number(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    "plan", [CompressionPlan(tables={"movie": TablePlan()}), CompressionPlan(tables={"city": TablePlan(bits=2)})]
+    "plan",
+    [
+        CompressionPlan(tables={"movie": TablePlan()}),
+        CompressionPlan(tables={"city": TablePlan(bits=2)}),
+        CompressionPlan(tables={"city": TablePlan(tiers=(tier(8, keep=0.5), tier(2)))}),
+        CompressionPlan(checkpoint="another"),
+    ],
 )
 def test_compress_with_a_bad_plan_writes_nothing(world: World, tmp_path: Path, plan: CompressionPlan) -> None:
     with pytest.raises(PlanError):
@@ -235,7 +350,7 @@ def test_compress_checkpoint_tells_sizes_and_quality(world: World, tmp_path: Pat
 
 def test_compress_checkpoint_without_a_plan_is_int8(world: World, tmp_path: Path) -> None:
     compress_checkpoint(world.checkpoint.folder, world.dataset.folder, None, tmp_path / "a", "val", quiet)
-    assert {t["bits"] for t in load_artifact(tmp_path / "a").manifest["tables"]} == {8}
+    assert bits_of(load_artifact(tmp_path / "a").manifest) == {8}
 
 
 def test_compress_checkpoint_refuses_before_it_writes(world: World, stranger: World, tmp_path: Path) -> None:
@@ -253,4 +368,4 @@ def test_compress_checkpoint_without_a_plan_takes_the_runs_own(world: World, tmp
     run = world.run.model_copy(update={"compress": {"default": {"bits": 16}}})
     save_random_checkpoint(run, world.dataset, folder, seed=1)
     compress_checkpoint(folder, world.dataset.folder, None, tmp_path / "a", "val", quiet)
-    assert {t["bits"] for t in json.loads((tmp_path / "a" / "manifest.json").read_text())["tables"]} == {16}
+    assert bits_of(json.loads((tmp_path / "a" / "manifest.json").read_text())) == {16}

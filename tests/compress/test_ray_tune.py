@@ -15,7 +15,7 @@ from compress.config import CompressionPlan, SearchConfig, TablePlan
 from compress.errors import ArtifactError
 from compress.search.objective import compare
 from compress.search.ray_tune import Shared, check_artifact, choose, read_trials, run_plan, split_rows
-from compress.search.working_set import extract, score, trial_model
+from compress.search.working_set import extract, score
 from trainer.data.reader import Rows, read_split
 from trainer.errors import DataError
 
@@ -26,7 +26,7 @@ def shared_of(world: World, rows: Rows) -> Shared:
     """What the driver puts in the object store."""
     working = extract(world.checkpoint, world.dataset.transform, world.profiles, rows)
     slim = {n: p.slim() for n, p in world.profiles.items()}
-    return Shared(working, score(trial_model(working, None, {}), working), slim, 0)
+    return Shared(working, score(working, None), slim, 0)
 
 
 def point(bits: int, upper: float, keep: float = 1.0) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from compress.artifact import GOLDEN_TOLERANCE, check_golden, load_artifact
 from compress.compressor import resolve
 from compress.config import CompressionPlan, TablePlan
 from compress.model import score_split, translate_rows
-from compress.search.working_set import extract, score, trial_model
+from compress.search.working_set import extract, score
 from trainer.data.batch import Batch, to_batch
 from trainer.data.reader import read_split
 from trainer.models import build_ranker
@@ -99,12 +99,7 @@ def test_trials_score_as_the_artifact_would(rich: World, plan: CompressionPlan |
     rows = read_split(rich.dataset, "val")
     working = extract(rich.checkpoint, rich.dataset.transform, rich.profiles, rows)
     resolved = None if plan is None else resolve(plan, rich.profiles)
-    centroids = (
-        {}
-        if resolved is None
-        else {name: rich.profiles[name].centroid(r.cut) for name, r in resolved.items() if r.pruned}
-    )
-    found = score(trial_model(working, resolved, centroids), working)
+    found = score(working, resolved)
     model = rich.fp32 if plan is None else rich.artifact(plan).model
     _, expected = score_split(model, rich.dataset, "val")
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
