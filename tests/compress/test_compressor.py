@@ -28,7 +28,6 @@ from trainer.data.transform import read_arrow
 from trainer.errors import DataError, SlimrankError
 
 
-
 def tier(bits: int, **cut: Any) -> TierPlan:
     """A tier of a plan."""
     return TierPlan(bits=bits, **cut)  # type: ignore[arg-type]
@@ -168,7 +167,9 @@ def test_compress_packs_each_row_where_its_id_points(world: World, name: str) ->
         for first, last in itertools.pairwise(edges):
             wanted[first:last] = torch.from_numpy(naive_mean(world, table.name, profile.order[first:last]))
         if part.layout.shared:
-            wanted[0] = wanted[part.layout.kept :] = torch.from_numpy(naive_fallback(world, table.name, part.layout.kept))
+            wanted[0] = wanted[part.layout.kept :] = torch.from_numpy(
+                naive_fallback(world, table.name, part.layout.kept)
+            )
         for rank, row in enumerate(profile.order):
             place = int(target[row])
             tier = int(np.searchsorted(table.firsts, place, side="right")) - 1

@@ -158,7 +158,9 @@ def test_lookup_refuses_a_block_of_another_size() -> None:
 def test_pieces_are_aligned_and_do_not_overlap() -> None:
     tables = [*MIXED, *TIERED]
     pieces, size = pieces_of(tables)
-    assert [(p.table, p.tier) for p in pieces] == [(t, k) for t, table in enumerate(tables) for k in range(len(table.tiers))]
+    assert [(p.table, p.tier) for p in pieces] == [
+        (t, k) for t, table in enumerate(tables) for k in range(len(table.tiers))
+    ]
     ends = [*(p.first_byte for p in pieces[1:]), size]
     assert pieces[0].first_byte == 0
     for piece, end in zip(pieces, ends, strict=True):
