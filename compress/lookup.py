@@ -50,9 +50,9 @@ class Tier:
 class StoredTable:
     """One table as stored, and the features that read it.
 
-    Its rows are the reserved ones, `centroids` shared ones, then the training rows that were kept, by rank; tiers
-    divide them. `dim` is what a lookup gives; `width` what a row holds: less than `dim` where a decoder (width, dim)
-    widens what was looked up.
+    Its rows are the reserved ones, `centroids` shared ones, then the training rows that were kept, by rank, in as many
+    `segments` as they have numbers of bits; tiers divide all of them. `dim` is what a lookup gives; `width` what a row
+    holds: less than `dim` where a decoder (width, dim) widens what was looked up.
     """
 
     name: str
@@ -61,6 +61,7 @@ class StoredTable:
     tiers: tuple[Tier, ...]
     features: tuple[str, ...]
     centroids: int = 0
+    segments: int = 1
 
     @property
     def rows(self) -> int:

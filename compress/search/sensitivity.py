@@ -67,12 +67,14 @@ def sensitivities(
 class Predicted:
     """What each bucket of a table's rows would cost, in nats of mean log loss over the training rows.
 
-    loss (E - 1, B): coded at each of `bits`. cut (E,): all rows from an edge on read their mean row; shared (E,): they
-    and unknown ids read one row. Rank edges are the profile's.
+    loss (E - 1, B): coded at each of `bits`. nearest (E - 1,), by the number of centroids: reading the nearest of them.
+    cut (E,): all rows from an edge on read their mean row; shared (E,): they and unknown ids read one row. Rank edges
+    are the profile's.
     """
 
     bits: tuple[int, ...]
     loss: np.ndarray
+    nearest: dict[int, np.ndarray]
     cut: np.ndarray
     shared: np.ndarray
 
@@ -106,6 +108,7 @@ def predict_table(
     rng = np.random.default_rng(0)
     fisher = torch.from_numpy(np.asarray(fisher_DD, dtype=np.float64))
     loss = np.zeros((len(edges) - 1, len(bits)))
+    near = {count: np.zeros(len(edges) - 1) for count in profile.codebooks}
     energy = np.zeros(len(edges) - 1)  # of each bucket: sum of n w' F w
     for bucket in range(len(edges) - 1):
         first, last = int(edges[bucket]), int(edges[bucket + 1])
@@ -121,6 +124,9 @@ def predict_table(
         for option, each in enumerate(bits):
             error = dequantize_rows(quantize_rows(rows, each, clip), dim, each) - rows
             loss[bucket, option] = total * float(share @ quadratic(error, fisher))
+        for count, book in profile.codebooks.items():
+            error = torch.from_numpy(book.centroids[book.numbers[chosen]]) - rows
+            near[count][bucket] = total * float(share @ quadratic(error, fisher))
     scale = 0.5 / training_rows
     after = np.concatenate([np.cumsum(energy[::-1])[::-1], [0.0]])
     sums = np.concatenate([np.cumsum(profile.sums[::-1], axis=0)[::-1], np.zeros((1, dim))])
@@ -129,7 +135,8 @@ def predict_table(
     oov = profile.oov.astype(np.float64)
     known = after + profile.unknown * float(oov @ fisher_DD @ oov)
     both = known - _explained(sums + profile.unknown * oov, weights + profile.unknown, fisher_DD)
-    return Predicted(bits, scale * loss, scale * np.maximum(cut, 0.0), scale * np.maximum(both, 0.0))
+    nearest = {count: scale * costs for count, costs in near.items()}
+    return Predicted(bits, scale * loss, nearest, scale * np.maximum(cut, 0.0), scale * np.maximum(both, 0.0))
 
 
 def quadratic(rows_SD: torch.Tensor, fisher_DD: torch.Tensor) -> torch.Tensor:  # noqa: N803
