@@ -44,15 +44,3 @@ def cut_for_coverage(edges_E: np.ndarray, lookups_E: np.ndarray, coverage: float
 def settle_cut(cut: int, rows: int) -> int:
     """A cut that saves no row once the centroid is counted is no cut."""
     return rows if cut + 1 >= rows else cut
-
-
-def order_by(scores_N, counts_N):
-    """tmp"""
-    keys = np.lexsort((np.arange(len(scores_N)), -counts_N, -scores_N))
-    return np.concatenate([np.arange(RESERVED_ROWS), keys[keys >= RESERVED_ROWS]])
-
-
-def keep_columns(moment, count):
-    kept = np.sort(np.argsort(-np.diag(moment))[:count])
-    V = np.linalg.lstsq(moment[np.ix_(kept, kept)], moment[kept], rcond=None)[0]
-    return kept, V
