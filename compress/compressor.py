@@ -58,7 +58,7 @@ class ResolvedTable:
     decoder: np.ndarray | None
     id_map_bytes: int
 
-    def code(self, rows_ND: Tensor, tier: int) -> Tensor:  # noqa: N803
+    def code(self, rows_ND: Tensor, tier: int) -> Tensor:
         """Rows (N, D) fp32 as a tier stores them: (N, W) uint8.
 
         Narrowed in fp64, as fp32 products round otherwise with few rows than with many, and trials code few.
@@ -169,14 +169,12 @@ def _narrowed(asked: TablePlan, profile: TableProfile) -> tuple[np.ndarray | Non
     if asked.columns is not None:
         if asked.columns >= dim:
             return None, None
-        kept, decoder = keep_columns(profile.moment, _packable_width(asked.columns, dim))
-        encoder = np.zeros((dim, len(kept)), dtype=np.float32)
-        encoder[kept, np.arange(len(kept))] = 1.0
-        return encoder, np.ascontiguousarray(decoder, np.float32)
+        kept, rebuild = keep_columns(torch.from_numpy(profile.moment), _packable_width(asked.columns, dim))
+        return np.ascontiguousarray(np.eye(dim, dtype=np.float32)[:, kept.numpy()]), rebuild.contiguous().numpy()
     if asked.rank is None and asked.energy is None:
         return None, None
     moment, metric = torch.from_numpy(profile.moment), profile.fisher
-    metric_DD = None if metric is None else torch.from_numpy(metric)  # noqa: N806
+    metric_DD = None if metric is None else torch.from_numpy(metric)
     rank = asked.rank or rank_for_energy(energies(moment, metric_DD), asked.energy or 1.0)
     if _packable_width(rank, dim) >= dim:
         return None, None
@@ -223,7 +221,7 @@ def pack_tables(
         progress("pack", index + 1, len(tables))
 
 
-def put_rows(views: Sequence[Tensor], part: ResolvedTable, where: Tensor, rows_ND: Tensor) -> None:  # noqa: N803
+def put_rows(views: Sequence[Tensor], part: ResolvedTable, where: Tensor, rows_ND: Tensor) -> None:
     """Code rows (N, D) into the tiers of one table, at its stored rows (N,)."""
     for tier, (first, view) in enumerate(zip(part.stored.firsts, views, strict=True)):
         inside = (where >= first) & (where < first + len(view))

@@ -10,13 +10,14 @@ from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, mode
 
 from compress.errors import PlanError
 from compress.methods.codebook import MAX_CENTROIDS
+from compress.methods.codec import Clip
+from compress.methods.prune import Score
 from trainer.config import describe, load_yaml
 from trainer.data.schema import Config
 
 Bits = Literal[2, 4, 8, 16, 32]
-Clip = Literal["minmax", "search"]
+TierBits = Literal[0, 2, 4, 8, 16, 32]
 Unknown = Literal["own", "shared"]
-Order = Literal["frequency", "norm", "frequency_norm", "fisher"]
 
 
 class Cut(Config):
@@ -44,7 +45,7 @@ class TierPlan(Cut):
     With bits 0, in the last tier only, each of them reads the nearest of the table's `centroids`.
     """
 
-    bits: Literal[0, 2, 4, 8, 16, 32]
+    bits: TierBits
 
 
 class TablePlan(Cut):
@@ -102,7 +103,7 @@ class CompressionPlan(Config):
     """
 
     version: Literal[1] = 1
-    order: Order = "frequency"
+    order: Score = "frequency"
     default: TablePlan = TablePlan()
     tables: dict[str, TablePlan] = Field(default_factory=dict)
     checkpoint: str | None = None

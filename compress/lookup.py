@@ -203,7 +203,7 @@ class Lookup:
             name = self.names[int(self.lookup_of_P[piece[beyond.int().argmax()]])]
             raise RuntimeError(f"{name}: an id is not a row of its table")
 
-    def _widened(self, pooled_BP: Tensor) -> Tensor:  # noqa: N803
+    def _widened(self, pooled_BP: Tensor) -> Tensor:
         """Tiers of a lookup summed, narrow rows widened by their decoder: (B, D)."""
         if not self.split and not self.decoders:
             return pooled_BP

@@ -93,32 +93,6 @@ def settle_cut(cut: int, rows: int) -> int:
     return rows if cut + 1 >= rows else cut
 
 
-# -- several centroids -----------------------------------------------------------------------------------------------
-
-
-def centroid_bands(edges_E: np.ndarray, weights: np.ndarray, cut: int, count: int) -> np.ndarray:
-    """Ranks (C + 1,) int64 from `cut` to N that split the pruned ones into bands of about equal weight, at edges.
-
-    weights (E - 1,): of each bucket. C is `count`, or less where there are fewer buckets; `cut` is an edge below N.
-    """
-    first = int(np.searchsorted(edges_E, cut))
-    assert edges_E[first] == cut < edges_E[-1], f"cut {cut} is no edge below {edges_E[-1]}"
-    before = np.concatenate([[0.0], np.cumsum(weights[first:], dtype=np.float64)])
-    count = min(count, len(before) - 1)
-    at = [0]
-    for band in range(1, count):  # each band has a bucket at least, and leaves one to each that follows
-        nearest = int(np.abs(before - before[-1] * band / count).argmin())
-        at.append(min(max(nearest, at[-1] + 1), len(before) - 1 - (count - band)))
-    return edges_E[first + np.array([*at, len(before) - 1])]
-
-
-def band_centroids(edges_E: np.ndarray, sums: np.ndarray, weights: np.ndarray, bands: np.ndarray) -> np.ndarray:
-    """Weighted mean row (C, D) float32 of each band (C + 1 edges), from sums (E - 1, D) and weights (E - 1,)."""
-    starts = np.searchsorted(edges_E, bands)
-    parts = [slice(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
-    return np.stack([sums[part].sum(0) / max(weights[part].sum(), 1e-300) for part in parts]).astype(np.float32)
-
-
 # -- columns ---------------------------------------------------------------------------------------------------------
 
 

@@ -10,12 +10,12 @@ import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import numpy as np
 
 from compress.compressor import SHARED_BITS, resolve, table_bytes
-from compress.config import Bits, Clip, CompressionPlan, TablePlan, TierPlan, Unknown
+from compress.config import Bits, Clip, CompressionPlan, TablePlan, TierBits, TierPlan, Unknown
 from compress.errors import PlanError
 from compress.ids import id_map_bytes, loose_bits, packed_bytes
 from compress.lookup import TABLE_ALIGNMENT
@@ -186,8 +186,8 @@ def tiers_of(profile: TableProfile, predicted: Predicted, choice: np.ndarray, wa
     for option, run in itertools.groupby(choice.tolist()):
         at += len(list(run))
         if option:
-            bits: Literal[0, 2, 4, 8, 16, 32] = 0 if option == 1 else bits_of(predicted, option - 2)
-            tiers.append(TierPlan(bits=bits, rows=int(profile.edges[at])))
+            bits = 0 if option == 1 else bits_of(predicted, option - 2)
+            tiers.append(TierPlan(bits=cast(TierBits, bits), rows=int(profile.edges[at])))
     centroids = way.centroids if tiers and tiers[-1].bits == 0 else 1
     if len(tiers) == 1 and tiers[0].rows == profile.info.num_embeddings and tiers[0].bits:
         return TablePlan(bits=cast(Bits, tiers[0].bits))

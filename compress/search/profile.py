@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.config import Cut, Order
+from compress.config import Cut
 from compress.ids import key_bits, loose_bits
+from compress.methods import prune
 from compress.methods.codebook import fit_codebook, metric_root, nearest
-from compress.methods.prune import bucket_edges, cut_for_coverage, cut_for_share, order_by, settle_cut
+from compress.methods.prune import Score, bucket_edges, cut_for_coverage, cut_for_share, order_by_score, settle_cut
 from trainer.checkpoint import Checkpoint
 from trainer.data.dataset import Dataset
 from trainer.data.transform import RESERVED_ROWS, IdMap, TableInfo
@@ -44,7 +45,7 @@ class Codebook:
 
 @dataclass(frozen=True)
 class TableProfile:
-    """Order, bucket edges and bucket sums of one table.
+    """Score, bucket edges and bucket sums of one table.
 
     order (N,), counts (N,) int64: training rows by rank; lookups of each row (both empty in what trials get). edges
     (E,), lookups (E,): ranks, and lookups before each. sums (E - 1, D) float64 and weights (E - 1,): weighted rows of
@@ -113,7 +114,7 @@ def profile_tables(
     checkpoint: Checkpoint,
     dataset: Dataset,
     progress: ReportProgress,
-    order: Order = "frequency",
+    order: Score = "frequency",
     fisher: Mapping[str, np.ndarray] | None = None,
     codebooks: Iterable[int] = (),
 ) -> dict[str, TableProfile]:
@@ -147,11 +148,11 @@ def unknown_lookups(dataset: Dataset, table: TableInfo) -> float:
 def profile_table(
     checkpoint: Checkpoint,
     table: TableInfo,
-    counts_N: np.ndarray,  # noqa: N803
+    counts_N: np.ndarray,
     id_map: IdMap,
     unknown: float,
-    order: Order = "frequency",
-    fisher_DD: np.ndarray | None = None,  # noqa: N803
+    order: Score = "frequency",
+    fisher_DD: np.ndarray | None = None,
     codebooks: Iterable[int] = (),
 ) -> TableProfile:
     """Profile one table, with codebooks of so many centroids where it has rows enough.
@@ -159,7 +160,7 @@ def profile_table(
     Raises: CheckpointError when it holds NaN or infinity.
     """
     scores = row_scores(checkpoint, table, counts_N, order, fisher_DD)
-    ranked = order_by(scores, counts_N)
+    ranked = order_by_score(scores, counts_N)
     edges = bucket_edges(table.num_embeddings)
     before = np.concatenate([[0], np.cumsum(counts_N[ranked])])
     bucket_of_row = np.empty(len(ranked), dtype=np.int64)
@@ -211,9 +212,9 @@ def each_chunk(checkpoint: Checkpoint, table: TableInfo, look: Callable[[slice, 
 def row_scores(
     checkpoint: Checkpoint,
     table: TableInfo,
-    counts_N: np.ndarray,  # noqa: N803
-    order: Order,
-    fisher_DD: np.ndarray | None,  # noqa: N803
+    counts_N: np.ndarray,
+    order: Score,
+    fisher_DD: np.ndarray | None,
 ) -> np.ndarray:
     """What each row (N,) float32 is ranked by, the highest first. The reserved rows' scores count for nothing.
 
@@ -223,24 +224,17 @@ def row_scores(
     if order == "frequency":
         return counts_N.astype(np.float32)
     scores = np.zeros(len(counts_N), dtype=np.float32)
-    root = torch.eye(table.embedding_dim, dtype=torch.float64)
-    centre = torch.zeros(table.embedding_dim, dtype=torch.float64)
-    if order == "fisher":
-        assert fisher_DD is not None, "order fisher needs the table's sensitivity"
-        values, vectors = torch.linalg.eigh(torch.from_numpy(np.asarray(fisher_DD, dtype=np.float64)))
-        root = vectors * values.clamp(min=0).sqrt()
-        centre = mean_row(checkpoint, table, counts_N)
+    centre = mean_row(checkpoint, table, counts_N).numpy() if order == "fisher" else None
 
     def score(chunk: slice, rows: Tensor) -> None:
-        lengths = ((rows.double() - centre) @ root).square().sum(1).numpy()
-        n = 1.0 if order == "norm" else np.maximum(counts_N[chunk], UNSEEN_WEIGHT)
-        scores[chunk] = np.sqrt(lengths) * n if order == "frequency_norm" else lengths * n
+        n = np.maximum(counts_N[chunk], UNSEEN_WEIGHT)
+        scores[chunk] = prune.row_scores(order, rows.numpy(), n, centre, fisher_DD)
 
     each_chunk(checkpoint, table, score)
     return scores
 
 
-def mean_row(checkpoint: Checkpoint, table: TableInfo, counts_N: np.ndarray) -> Tensor:  # noqa: N803
+def mean_row(checkpoint: Checkpoint, table: TableInfo, counts_N: np.ndarray) -> Tensor:
     """The mean row (D,) float64 of a table, weighted by lookups, reserved rows left out."""
     total, weight = torch.zeros(table.embedding_dim, dtype=torch.float64), 0.0
     counts = np.maximum(counts_N, UNSEEN_WEIGHT).astype(np.float64)
@@ -260,9 +254,9 @@ def make_codebooks(
     table: TableInfo,
     order: np.ndarray,
     edges: np.ndarray,
-    counts_N: np.ndarray,  # noqa: N803
+    counts_N: np.ndarray,
     keys: np.ndarray | None,
-    fisher_DD: np.ndarray | None,  # noqa: N803
+    fisher_DD: np.ndarray | None,
     wanted: Iterable[int],
 ) -> dict[int, Codebook]:
     """Codebooks of one table, by the number of centroids, and what each row reads.
@@ -311,7 +305,7 @@ def same_class(keys: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     return together + RESERVED_ROWS, np.unique(classes[together], return_inverse=True)[1]
 
 
-def class_means(rows_MD: Tensor, class_M: np.ndarray, counts_M: np.ndarray) -> Tensor:  # noqa: N803
+def class_means(rows_MD: Tensor, class_M: np.ndarray, counts_M: np.ndarray) -> Tensor:
     """The mean row of each class, weighted by lookups."""
     classes = int(class_M.max()) + 1 if len(class_M) else 0
     weight = torch.from_numpy(np.maximum(counts_M, UNSEEN_WEIGHT).astype(np.float64))

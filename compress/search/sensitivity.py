@@ -98,7 +98,7 @@ def predict(
 def predict_table(
     checkpoint: Checkpoint,
     profile: TableProfile,
-    fisher_DD: np.ndarray,  # noqa: N803
+    fisher_DD: np.ndarray,
     training_rows: int,
     clip: Clip = "search",
 ) -> Predicted:
@@ -139,13 +139,13 @@ def predict_table(
     return Predicted(bits, scale * loss, nearest, scale * np.maximum(cut, 0.0), scale * np.maximum(both, 0.0))
 
 
-def quadratic(rows_SD: torch.Tensor, fisher_DD: torch.Tensor) -> torch.Tensor:  # noqa: N803
+def quadratic(rows_SD: torch.Tensor, fisher_DD: torch.Tensor) -> torch.Tensor:
     """w' F w (S,) float64 of each row."""
     wide = rows_SD.double()
     return ((wide @ fisher_DD) * wide).sum(1)
 
 
-def _explained(sums_ED: np.ndarray, weights_E: np.ndarray, fisher_DD: np.ndarray) -> np.ndarray:  # noqa: N803
+def _explained(sums_ED: np.ndarray, weights_E: np.ndarray, fisher_DD: np.ndarray) -> np.ndarray:
     """W c' F c (E,) of the mean rows c = sums / W: what reading the mean saves of reading zeros."""
     means = sums_ED / np.maximum(weights_E, 1e-12)[:, None]
     return weights_E * ((means @ fisher_DD) * means).sum(1)

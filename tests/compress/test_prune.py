@@ -14,9 +14,7 @@ import torch
 from compress.errors import PlanError
 from compress.methods.prune import (
     EDGES,
-    band_centroids,
     bucket_edges,
-    centroid_bands,
     cut_for_coverage,
     cut_for_share,
     frequency_order,
@@ -169,46 +167,6 @@ def test_order_by_score_refuses_nan() -> None:
 
 
 # -- several centroids -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("count", [1, 2, 4, 9])
-def test_centroid_bands_split_the_pruned_ranks_evenly_at_edges(count: int) -> None:
-    rng = np.random.default_rng(3)
-    edges = bucket_edges(100_000)
-    weights = rng.exponential(1.0, len(edges) - 1)
-    cut = int(edges[20])
-    bands = centroid_bands(edges, weights, cut, count)
-    assert bands[0] == cut
-    assert bands[-1] == 100_000
-    assert len(bands) == count + 1
-    assert np.isin(bands, edges).all()
-    shares = [weights[(edges[:-1] >= a) & (edges[:-1] < b)].sum() for a, b in itertools.pairwise(bands)]
-    assert max(shares) - min(shares) <= 2 * weights.max()
-
-
-def test_centroid_bands_are_no_more_than_the_buckets_and_never_empty() -> None:
-    edges = np.array([2, 5, 8, 10])
-    for weights in ([1.0, 1.0, 1.0], [100.0, 0.0, 0.0], [0.0, 0.0, 100.0], [0.0, 0.0, 0.0]):
-        assert centroid_bands(edges, np.array(weights), 2, 8).tolist() == [2, 5, 8, 10]
-        bands = centroid_bands(edges, np.array(weights), 2, 2).tolist()
-        assert bands[0] == 2
-        assert bands[2] == 10
-        assert bands[1] in (5, 8)
-    assert centroid_bands(edges, np.ones(3), 8, 4).tolist() == [8, 10]
-
-
-def test_band_centroids_are_the_weighted_means_of_their_rows() -> None:
-    rng = np.random.default_rng(4)
-    edges = np.array([2, 5, 8, 10, 20])
-    rows, counts = rng.normal(size=(20, 3)), rng.integers(1, 9, 20)
-    parts = list(itertools.pairwise(edges))
-    sums = np.stack([(rows[a:b] * counts[a:b, None]).sum(0) for a, b in parts])
-    weights = np.array([counts[a:b].sum() for a, b in parts])
-    bands = np.array([5, 10, 20])
-    found = band_centroids(edges, sums, weights, bands)
-    expected = [np.average(rows[a:b], axis=0, weights=counts[a:b]) for a, b in itertools.pairwise(bands)]
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    assert found.dtype == np.float32
 
 
 # -- columns ---------------------------------------------------------------------------------------------------------
