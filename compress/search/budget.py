@@ -186,8 +186,8 @@ def tiers_of(profile: TableProfile, predicted: Predicted, choice: np.ndarray, wa
     for option, run in itertools.groupby(choice.tolist()):
         at += len(list(run))
         if option:
-            bits = 0 if option == 1 else bits_of(predicted, option - 2)
-            tiers.append(TierPlan(bits=cast(TierBits, bits), rows=int(profile.edges[at])))
+            width = 0 if option == 1 else bits_of(predicted, option - 2)
+            tiers.append(TierPlan(bits=cast(TierBits, width), rows=int(profile.edges[at])))
     centroids = way.centroids if tiers and tiers[-1].bits == 0 else 1
     if len(tiers) == 1 and tiers[0].rows == profile.info.num_embeddings and tiers[0].bits:
         return TablePlan(bits=cast(Bits, tiers[0].bits))
