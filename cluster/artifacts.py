@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cluster.tables import render
+from compress.manifest import printable
 from trainer.progress import size
 
 
@@ -31,7 +32,7 @@ def pairs(values: dict[str, Any]) -> str:
         f"{k} {v:.6g}" if isinstance(v, float) else f"{k} ({len(v)})" if isinstance(v, dict | list) else f"{k} {v}"
         for k, v in values.items()
     ]
-    return ", ".join(words) or "none"
+    return printable(", ".join(words)) or "none"
 
 
 def verify_lines(result: dict[str, Any]) -> list[str]:
@@ -54,7 +55,7 @@ def diff_lines(result: dict[str, Any]) -> list[str]:
     """What changed between two artifacts."""
     if result["same"]:
         return [f"the same artifact: {result['versions'][0]}"]
-    rows = [[key, value(before), value(after)] for key, (before, after) in result["changes"].items()]
+    rows = [[printable(key), value(before), value(after)] for key, (before, after) in result["changes"].items()]
     return render(f"{result['versions'][0]} -> {result['versions'][1]}", ["what", "before", "after"], rows)
 
 
@@ -64,4 +65,4 @@ def value(found: Any) -> str:
         return f"{found:.6g}"
     if isinstance(found, int) and not isinstance(found, bool):
         return f"{found:,}"
-    return "-" if found is None else str(found)
+    return "-" if found is None else printable(str(found))

@@ -92,12 +92,14 @@ def check_arrow(path: Path) -> None:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             _check_blocks(content, str(path))
-        table = read_arrow(path)
-        for column in table.schema:
+        with pa.memory_map(str(path)) as source:
+            columns = pa.ipc.open_file(source).schema
+        for column in columns:
             if not _is_plain(column.type):
                 raise ArtifactError(f"{path}: column {column.name[:80]!r} is {str(column.type)[:80]}, not a plain type")
-        if len(set(table.column_names)) != table.num_columns:
+        if len(set(columns.names)) != len(columns):
             raise ArtifactError(f"{path}: a column is named twice")
+        table = read_arrow(path)
         if table.nbytes > path.stat().st_size:
             raise ArtifactError(f"{path}: columns of {table.nbytes:,} bytes in a file of {path.stat().st_size:,}")
         table.validate(full=True)

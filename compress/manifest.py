@@ -179,7 +179,7 @@ class Manifest(Strict):
 
     format_version: Literal[1]
     version: str = Field(pattern=r"^[0-9a-f]{12}$")
-    name: str = Field(max_length=1000)
+    name: Name
     run: dict[str, Any]
     plan: dict[str, Any]
     tables: list[StoredTable] = Field(min_length=1, max_length=1 << 15)
@@ -266,8 +266,13 @@ def parse_manifest(content: bytes, where: str) -> dict[str, Any]:
     return manifest
 
 
+def printable(text: str) -> str:
+    """A stranger's text as a terminal may show it: no control characters, no half of a surrogate pair."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def _one_line(text: str) -> str:
-    line = " ".join(text.split())
+    line = printable(" ".join(text.split()))
     return line if len(line) <= 500 else f"{line[:500]} ..."
 
 
