@@ -17,6 +17,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compress.errors import ArtifactError, PlanError
@@ -30,7 +31,9 @@ MANIFEST = "manifest.json"
 SIGNATURE = "manifest.sig"
 MANIFEST_BYTES = 8 << 20  # 40,000 tables need less
 JSON_DEPTH = 32
+JSON_VALUES = 1_000_000  # 8 MiB of empty lists would take a gigabyte, and the collector minutes
 JSON_DIGITS = 20  # the longest 64-bit number
+_OPENING, _CLOSING, _PARTING = (list(marks) for marks in (b"[{", b"]}", b"[{,"))
 NO_VERSION = "0" * 12
 
 
@@ -86,12 +89,12 @@ def parse_json(content: bytes, where: str) -> Any:
 
     Raises: ArtifactError naming the rule.
     """
-    depth = 0
-    for token in re.finditer(rb'"(?:[^"\\]|\\.)*+"?|[\[{]|[\]}]', content, re.DOTALL):
-        first = token.group()[0]
-        depth += (first in b"[{") - (first in b"]}")
-        if depth > JSON_DEPTH:
-            raise ArtifactError(f"{where}: nested more than {JSON_DEPTH} deep: not written by slimrank")
+    outside = np.frombuffer(re.sub(rb'"(?:[^"\\]|\\.)*+"?', b"", content, flags=re.DOTALL), dtype=np.uint8)
+    opened = np.isin(outside, _OPENING).astype(np.int32) - np.isin(outside, _CLOSING)
+    if np.cumsum(opened, dtype=np.int32).max(initial=0) > JSON_DEPTH:
+        raise ArtifactError(f"{where}: nested more than {JSON_DEPTH} deep: not written by slimrank")
+    if np.isin(outside, _PARTING).sum() > JSON_VALUES:
+        raise ArtifactError(f"{where}: holds more than {JSON_VALUES:,} values: not written by slimrank")
     try:
         return json.loads(
             content.decode("utf-8"),

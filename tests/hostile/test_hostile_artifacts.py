@@ -115,7 +115,7 @@ def in_run(section: str, **changes: Any) -> Change:
         pytest.param(table(name="../x"), id="a name that is a path"),
         pytest.param(table(index=1, name="user_id"), id="a table twice"),
         pytest.param(table(index=1, features=["user_id"]), id="a feature of two tables"),
-        pytest.param(lambda m: {**m, "tables": m["tables"] * 20_000}, id="very many tables"),
+        pytest.param(lambda m: {**m, "tables": m["tables"] * 7000}, id="very many tables"),
         pytest.param(lambda m: {**m, "tables": {}}, id="tables of a mapping"),
         pytest.param(lambda m: {**m, "cuts": {**m["cuts"], "user_id": -1}}, id="a negative cut"),
         pytest.param(lambda m: {**m, "cuts": {**m["cuts"], "other": 3}}, id="a cut of no table"),
@@ -133,10 +133,10 @@ def in_run(section: str, **changes: Any) -> Change:
         pytest.param(file_entry(mode=0o777), id="an unknown key of a file"),
         pytest.param(in_run("model", top_mlp=[10**9, 10**9]), id="a head of 4 EB"),
         pytest.param(in_run("model", top_mlp=[2**62]), id="a head past 64 bits"),
-        pytest.param(in_run("model", top_mlp=[1] * 1_000_000), id="a head of a million layers"),
+        pytest.param(in_run("model", top_mlp=[1] * 100_000), id="a head of a million layers"),
         pytest.param(in_run("model", cross_rank=2**40), id="a cross layer of 32 TB"),
         pytest.param(in_run("model", experts=2**40), id="very many experts"),
-        pytest.param(lambda m: in_run("data", features=m["run"]["data"]["features"] * 5000)(m), id="many features"),
+        pytest.param(lambda m: in_run("data", features=m["run"]["data"]["features"] * 700)(m), id="many features"),
     ],
 )
 def test_manifest_with_a_lie_is_refused(copy: Path, change: Change) -> None:
@@ -328,7 +328,7 @@ def test_onnx_head_of_a_stranger_is_refused(copy: Path, content: bytes) -> None:
 def test_transform_with_a_long_list_is_refused(copy: Path, part: str) -> None:
     content = json.loads((copy / "transform.json").read_text())
     where = content["schema"] if part == "features" else content
-    where[part] = where[part] * 5000
+    where[part] = where[part] * 1000
     (copy / "transform.json").write_text(json.dumps(content))
     forge(copy)
     refused(copy, "not a list of at most 4096")
