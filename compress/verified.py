@@ -58,7 +58,7 @@ def _record_path(status: os.stat_result) -> Path:
 def _recorded(status: os.stat_result) -> str | None:
     """The recorded checksum, if nobody else could have written it and the file is unchanged."""
     path = _record_path(status)
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         for owned in (path.parent.stat(), path.stat()):
             if owned.st_uid != os.geteuid() or owned.st_mode & 0o022:
                 return None

@@ -240,8 +240,8 @@ def test_adopted_run_learns_no_id(model: TheirModel, tmp_path: Path) -> None:
         ({"ids": {"item": ["a", "b"]}}, "table 'item': 2 ids for 80 rows"),
         ({"ids": {"item": ["a"] * ITEMS}}, "give each row one id of its own"),
         ({"head": b"no model"}, "not a model that ONNX Runtime reads"),
-        ({"nan": True}, "table 'user'.*finite"),
-        ({"feature": {"name": "hour", "kind": "numeric"}}, "feature 'hour': transform standardize"),
+        ({"nan": True}, "table 'user_table'.*finite"),
+        ({"feature": {"name": "age", "kind": "numeric"}}, "feature 'age': transform standardize"),
         ({"feature": {"name": "town", "kind": "categorical", "hash_size": 9}}, "feature 'town': hash_size"),
     ],
 )
