@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from trainer.errors import DataError
 from trainer.files import new_directory, write_json
 from trainer.progress import ReportProgress
 
-SHARED_BITS = 8
+SHARED_BITS: Literal[8] = 8
 WIDTH_STEP = 8  # columns: what INT2 rows fill whole bytes by, and FBGEMM takes at any bits
 
 
