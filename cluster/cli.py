@@ -270,6 +270,10 @@ def evaluate(model: Path, data_dir: Path, split: Any, as_json: bool, address: st
     "--plan", "plan_file", type=FILE, help="What to do to each table; the run's compress section by default, else INT8."
 )
 @click.option(
+    "--budget",
+    help='In place of a plan: the bytes that the tables may take, as "2%" of fp32 or "300MB"; makes the plan.',
+)
+@click.option(
     "--split", type=click.Choice(["val", "test"]), default="test", show_default=True, help="Where to compare."
 )
 @click.option("--out", type=FOLDER, required=True, help="Folder to write the artifact to.")
@@ -278,20 +282,23 @@ def compress(
     checkpoint: Path,
     data_dir: Path,
     plan_file: Path | None,
+    budget: str | None,
     split: Any,
     out: Path,
     as_json: bool,
     address: str | None,  # noqa: ARG001
     debug: bool,
 ) -> None:
-    """Checkpoint + plan -> artifact, compared with the checkpoint it came from."""
+    """Checkpoint + plan, or a byte budget -> artifact, compared with the checkpoint it came from."""
     from cluster.session import quiet
+    from cluster.tables import losses_table
     from compress.pipeline import compress_checkpoint
 
     if not debug:
         quiet()
-    result = compress_checkpoint(checkpoint, data_dir, plan_file, out, split, Progress().step)
-    emit(result, as_json, [result["artifact"], *size_lines(result), f"delta AUC {result['delta_auc']:+.5f}"])
+    result = compress_checkpoint(checkpoint, data_dir, plan_file, out, split, Progress().step, budget)
+    lines = [result["artifact"], *size_lines(result), f"delta AUC {result['delta_auc']:+.5f}"]
+    emit(result, as_json, [*lines, *losses_table(result["by_table"])] if "by_table" in result else lines)
 
 
 @main.command()

@@ -10,6 +10,7 @@ Legend: N rows of a table, D embedding dim, E bucket edges (E - 1 buckets), B op
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from compress.config import Clip
 from compress.errors import PlanError
 from compress.methods.codec import dequantize_rows, quantize_rows, row_bytes
 from compress.model import SCORE_ROWS
-from compress.search.profile import TableProfile
+from compress.search.profile import UNSEEN_WEIGHT, TableProfile
 from compress.search.working_set import extract, trial_model
 from trainer.checkpoint import Checkpoint
 from trainer.data.batch import to_batch
@@ -105,28 +106,23 @@ def predict_table(
     """Predicted losses of one table. Values are relative to a table read exactly."""
     dim, edges = profile.info.embedding_dim, profile.edges
     bits = tuple(b for b in BITS if _packs(dim, b))
-    rng = np.random.default_rng(0)
     fisher = torch.from_numpy(np.asarray(fisher_DD, dtype=np.float64))
-    loss = np.zeros((len(edges) - 1, len(bits)))
-    near = {count: np.zeros(len(edges) - 1) for count in profile.codebooks}
-    energy = np.zeros(len(edges) - 1)  # of each bucket: sum of n w' F w
-    for bucket in range(len(edges) - 1):
-        first, last = int(edges[bucket]), int(edges[bucket + 1])
-        ranks = np.arange(first, last)
-        if len(ranks) > BUCKET_ROWS:
-            ranks = np.sort(rng.choice(ranks, BUCKET_ROWS, replace=False))
-        chosen = np.sort(profile.order[ranks])
-        rows = checkpoint.table_rows(profile.info.name, chosen)
-        counts = torch.from_numpy(profile.counts[chosen].astype(np.float64))
-        total = float(profile.weights[bucket])
-        share = counts / counts.sum() if float(counts.sum()) else torch.zeros_like(counts)
-        energy[bucket] = total * float(share @ quadratic(rows, fisher))
-        for option, each in enumerate(bits):
-            error = dequantize_rows(quantize_rows(rows, each, clip), dim, each) - rows
-            loss[bucket, option] = total * float(share @ quadratic(error, fisher))
-        for count, book in profile.codebooks.items():
-            error = torch.from_numpy(book.centroids[book.numbers[chosen]]) - rows
-            near[count][bucket] = total * float(share @ quadratic(error, fisher))
+    chosen, bucket = sampled_rows(profile)
+    rows = checkpoint.table_rows(profile.info.name, chosen)
+
+    def by_bucket(error: torch.Tensor) -> np.ndarray:
+        """Sum (E - 1,) of n e' F e over each bucket, from its sampled rows' mean by lookups."""
+        counts = np.maximum(profile.counts[chosen].astype(np.float64), UNSEEN_WEIGHT)
+        minded = np.bincount(bucket, counts * quadratic(error, fisher).numpy(), len(edges) - 1)
+        return profile.weights * minded / np.bincount(bucket, counts, len(edges) - 1)
+
+    coded = [dequantize_rows(quantize_rows(rows, each, clip), dim, each) - rows for each in bits]
+    loss = np.stack([by_bucket(error) for error in coded], axis=1)
+    near = {
+        count: by_bucket(torch.from_numpy(book.centroids[book.numbers[chosen]]) - rows)
+        for count, book in profile.codebooks.items()
+    }
+    energy = by_bucket(rows)
     scale = 0.5 / training_rows
     after = np.concatenate([np.cumsum(energy[::-1])[::-1], [0.0]])
     sums = np.concatenate([np.cumsum(profile.sums[::-1], axis=0)[::-1], np.zeros((1, dim))])
@@ -137,6 +133,21 @@ def predict_table(
     both = known - _explained(sums + profile.unknown * oov, weights + profile.unknown, fisher_DD)
     nearest = {count: scale * costs for count, costs in near.items()}
     return Predicted(bits, scale * loss, nearest, scale * np.maximum(cut, 0.0), scale * np.maximum(both, 0.0))
+
+
+def sampled_rows(profile: TableProfile) -> tuple[np.ndarray, np.ndarray]:
+    """Training rows (S,), rising, up to BUCKET_ROWS of each bucket, and the bucket (S,) of each."""
+    rng = np.random.default_rng(0)
+    rows, buckets = [], []
+    for bucket, (first, last) in enumerate(itertools.pairwise(profile.edges.tolist())):
+        ranks = np.arange(first, last)
+        if len(ranks) > BUCKET_ROWS:
+            ranks = rng.choice(last - first, BUCKET_ROWS, replace=False) + first
+        rows.append(profile.order[ranks])
+        buckets.append(np.full(len(ranks), bucket))
+    chosen, bucket_of = np.concatenate(rows), np.concatenate(buckets)
+    order = np.argsort(chosen)
+    return chosen[order], bucket_of[order]
 
 
 def quadratic(rows_SD: torch.Tensor, fisher_DD: torch.Tensor) -> torch.Tensor:
