@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -257,7 +258,30 @@ def onnx_graph(head: nn.Module, sides: Sides) -> bytes:
             opset_version=17,
             dynamo=False,
         )
-    return out.getvalue()
+    return with_codes(out.getvalue())
+
+
+def with_codes(graph: bytes) -> bytes:
+    """The same graph with int8 weights stored as codes: a quarter of the bytes that the exporter writes."""
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load_model_from_string(graph)
+    stored = {t.name: t for t in model.graph.initializer}
+    values = {t.name: numpy_helper.to_array(t) for t in stored.values()}
+    values |= {
+        n.output[0]: numpy_helper.to_array(n.attribute[0].t) for n in model.graph.node if n.op_type == "Constant"
+    }
+    for node in [n for n in model.graph.node if n.op_type == "QuantizeLinear" and n.input[0] in stored]:
+        weight, scale = values[node.input[0]], values[node.input[1]]
+        axis = node.attribute[0].i
+        codes = np.rint(weight / np.expand_dims(scale, 1 - axis)).clip(-128, 127).astype(np.int8)
+        model.graph.initializer.append(numpy_helper.from_array(codes, node.output[0]))
+        model.graph.node.remove(node)
+    used = {name for n in model.graph.node for name in n.input}
+    for tensor in [t for t in model.graph.initializer if t.name not in used]:
+        model.graph.initializer.remove(tensor)
+    return model.SerializeToString()
 
 
 def has_onnxruntime() -> bool:

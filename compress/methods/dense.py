@@ -203,7 +203,8 @@ def quantize_head(
     if plan.kind == "fp32" or not layers:
         return head, []
     samples = layer_inputs(head, layers, calibration)
-    kinds: tuple[Kind, ...] = (plan.kind,) if plan.kind == "bf16" else (plan.kind, "bf16")
+    one = plan.kind == "bf16" or plan.backend == "onnx"  # ONNX Runtime has no bf16 layers on a CPU
+    kinds: tuple[Kind, ...] = (plan.kind,) if one else (plan.kind, "bf16")
     base = now = loss(head)
     steps = []
     order = sorted(layers, key=lambda n: -layers[n].weight.numel())

@@ -273,6 +273,14 @@ def test_faster_backend_is_taken(tmp_path):
         DenseRuntime(runtime.head, runtime.sides, DensePlan(backend="onnx"))
 
 
+def test_graph_holds_codes_not_floats():
+    head, shape = make_head("deepfm")
+    wide = nn.Linear(24, 2000)
+    head.deep = nn.Sequential(head.deep[0], nn.ReLU(), wide, nn.ReLU(), nn.Linear(2000, 16), nn.ReLU())
+    small, _ = quantize_head(head, batches(1), flat_loss, 0.0, INT8)
+    assert len(onnx_graph(small, sides_of(shape, SIDES["grouped"]))) < 2.2 * (24 + 16) * 2000
+
+
 def test_without_onnxruntime_torch_ranks(monkeypatch):
     head, shape = make_head("deepfm")
     made = make_runtime(simplify(head), sides_of(shape, SIDES["grouped"]), DensePlan())
