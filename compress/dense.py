@@ -36,6 +36,8 @@ from compress.methods.dense import DensePlan, Kind, replace, simplify
 from compress.shared import RequestHead
 from trainer.config import describe
 from trainer.data.schema import Config
+from trainer.data.transform import Transform
+from trainer.models import head_shape
 
 SPEC, WEIGHTS, GRAPH = "dense.json", "dense.safetensors", "dense.onnx"
 TRIAL_CANDIDATES = 500
@@ -88,6 +90,16 @@ class Sides:
         rows = (1, 1, candidates, candidates)
         made = [torch.randn((r, w), generator=generator) for r, w in zip(rows, self.widths(), strict=True)]
         return made[0], made[1], made[2], made[3]
+
+
+def sides_of(transform: Transform) -> Sides:
+    """Whose the inputs of this data's head are, by the `side` of each feature."""
+    item = {f.name: f.side == "item" for f in transform.schema.features}
+    shape = head_shape(transform)
+    numbers = [f.name for f in transform.schema.dense_features]
+    dense = [item[n] for n in numbers for _ in range(1 + transform.numerics[n].has_missing)]  # a flag follows it
+    spread = zip(shape.features, shape.dims, shape.positions, strict=True)
+    return Sides(tuple(dense), tuple((dim * (count or 1), item[name]) for name, dim, count in spread))
 
 
 class DenseRuntime(nn.Module):

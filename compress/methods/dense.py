@@ -69,6 +69,31 @@ class LayerStep:
     delta: dict[Kind, float]
 
 
+def compress_head(
+    head: nn.Module,
+    plan: DensePlan,
+    calibration: Inputs,
+    loss: Callable[[nn.Module], float],
+    budget: float,
+    lessons: Iterable[tuple[Tensor, Tensor]] = (),
+    steps: int = 0,
+) -> tuple[nn.Module, list[LayerStep]]:
+    """All that a plan asks for: fewer neurons, lower rank, `steps` of distillation on `lessons`, then fewer bits.
+
+    `loss` and `budget` are those of `quantize_head`: the gate is on the last step alone, so whoever narrows a head
+    compares its loss with the original's.
+    Raises: PlanError as its parts do.
+    """
+    small = simplify(head)
+    if plan.keep_neurons < 1:
+        small = prune_neurons(small, calibration, plan.keep_neurons)
+    if plan.rank is not None:
+        small = factor_layers(small, calibration, plan.rank)
+    if steps:
+        distill_head(small, head, lessons, steps)
+    return quantize_head(small, calibration, loss, budget, plan)
+
+
 def linears(head: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers of a head by name."""
     return {name: m for name, m in head.named_modules() if isinstance(m, nn.Linear)}

@@ -7,6 +7,8 @@ import json
 
 import pytest
 import torch
+from compress_builders import two_tasks_in, world_in
+from rich_builders import rich_world_in
 from safetensors.torch import load_file, save_file
 from test_shared_request import SIDES, lookups, make_head, one_request
 from torch import nn
@@ -21,11 +23,14 @@ from compress.dense import (
     make_runtime,
     onnx_graph,
     onnx_runner,
+    sides_of,
+    traced,
 )
 from compress.errors import ArtifactError, PlanError
 from compress.layers import Bf16Linear, Int8Linear, RowInt8Linear, fuse_chains
 from compress.methods.dense import (
     DensePlan,
+    compress_head,
     distill_head,
     factor_layers,
     input_scale,
@@ -56,7 +61,7 @@ def apart(one: nn.Module, other: nn.Module) -> float:
         return float(torch.cat([one(*b) - other(*b) for b in batches(2, seed=7)]).square().mean().sqrt())
 
 
-def sides_of(shape, sides: str, dense_of_item=(False, True, False, True)) -> Sides:
+def make_sides(shape, sides: str, dense_of_item=(False, True, False, True)) -> Sides:
     return Sides(tuple(dense_of_item), tuple(lookups(shape, sides)))
 
 
@@ -218,6 +223,18 @@ def test_distillation_brings_a_pruned_head_back():
         distill_head(small, head, batches(3), 5)
 
 
+def test_plan_is_carried_out_in_order():
+    head, _ = make_head("dlrm")
+    plan = DensePlan(dtype="int8", keep_neurons=0.6, rank=0.9999)
+    with torch.no_grad():
+        head.bottom[0].bias.copy_(head.bottom[0].bias + 1)
+    small, steps = compress_head(head, plan, batches(4), flat_loss, 0.0, batches(20, seed=3), 20)
+    assert small.top[0].out_features == 16
+    assert {s.kind for s in steps} == {"int8"}
+    spread = torch.cat([head(*b) for b in batches(2, seed=7)]).std()
+    assert 0 < apart(small, head) < 0.5 * spread
+
+
 # -- one request, both backends, files -------------------------------------------------------------------------------
 
 
@@ -227,7 +244,7 @@ def test_int8_request_equals_int8_batch(arch, sequence):
     head, shape = make_head(arch, sequence)
     cut = [one_request(shape, SIDES["alternating"], [False, True, False, True], 90)[:2]]
     small, _ = quantize_head(head, cut, flat_loss, 0.0, INT8)
-    sides = sides_of(shape, SIDES["alternating"])
+    sides = make_sides(shape, SIDES["alternating"])
     runtime = DenseRuntime(small, sides, DensePlan(dtype="int8", backend="torch"))
     graph = onnx_runner(onnx_graph(small, sides))
     for candidates in (1, 2, 33):
@@ -250,7 +267,7 @@ def test_files_bring_the_same_scores_back(tmp_path, plan):
     small = factor_layers(prune_neurons(head, batches(4), 0.7, multiple=1), batches(4), 0.99999)
     assert any(isinstance(m, nn.Sequential) and len(m) == 2 for m in small.modules()), small
     small, _ = quantize_head(small, batches(4), flat_loss, 0.0, plan)
-    runtime = make_runtime(small, sides_of(shape, SIDES["grouped"]), plan)
+    runtime = make_runtime(small, make_sides(shape, SIDES["grouped"]), plan)
     runtime.save(tmp_path)
     again = load_runtime(tmp_path, make_head("dlrm", batch_norm=True)[0], runtime.sides)
     dense, looked_up = batches(1, seed=8)[0]
@@ -264,7 +281,7 @@ def test_files_bring_the_same_scores_back(tmp_path, plan):
 
 def test_faster_backend_is_taken(tmp_path):
     head, shape = make_head("deepfm")
-    runtime = make_runtime(simplify(head), sides_of(shape, SIDES["grouped"]), DensePlan())
+    runtime = make_runtime(simplify(head), make_sides(shape, SIDES["grouped"]), DensePlan())
     assert set(runtime.trials_ms) == {"torch", "onnx"}
     assert runtime.backend == min(runtime.trials_ms, key=runtime.trials_ms.get)
     forced = DenseRuntime(runtime.head, runtime.sides, DensePlan(backend="onnx"), runtime.graph)
@@ -273,17 +290,35 @@ def test_faster_backend_is_taken(tmp_path):
         DenseRuntime(runtime.head, runtime.sides, DensePlan(backend="onnx"))
 
 
+@pytest.mark.parametrize("make", [world_in, two_tasks_in, lambda base: rich_world_in(base, "dcn")])
+def test_sides_follow_the_schema(tmp_path_factory, make):
+    model = make(tmp_path_factory.getbasetemp()).fp32
+    sides = sides_of(model.transform)
+    of_request, lookups_of_request, of_items, lookups_of_items = sides.widths()
+    assert of_request + of_items == len(model.transform.dense_names)
+    parts = sides.example(9)
+    dense = torch.empty(9, of_request + of_items)
+    looked_up = torch.empty(9, lookups_of_request + lookups_of_items)
+    item_dense = torch.tensor(sides.dense_of_item, dtype=torch.bool)
+    item_lookups = torch.tensor([item for width, item in sides.lookups for _ in range(width)])
+    dense[:, ~item_dense], dense[:, item_dense] = parts[0], parts[2]
+    looked_up[:, ~item_lookups], looked_up[:, item_lookups] = parts[1], parts[3]
+    with torch.inference_mode():
+        ranked = traced(model.head, sides)(*parts)
+        torch.testing.assert_close(ranked, model.head(dense, looked_up), rtol=0, atol=1e-5)
+
+
 def test_graph_holds_codes_not_floats():
     head, shape = make_head("deepfm")
     wide = nn.Linear(24, 2000)
     head.deep = nn.Sequential(head.deep[0], nn.ReLU(), wide, nn.ReLU(), nn.Linear(2000, 16), nn.ReLU())
     small, _ = quantize_head(head, batches(1), flat_loss, 0.0, INT8)
-    assert len(onnx_graph(small, sides_of(shape, SIDES["grouped"]))) < 2.2 * (24 + 16) * 2000
+    assert len(onnx_graph(small, make_sides(shape, SIDES["grouped"]))) < 2.2 * (24 + 16) * 2000
 
 
 def test_without_onnxruntime_torch_ranks(monkeypatch):
     head, shape = make_head("deepfm")
-    made = make_runtime(simplify(head), sides_of(shape, SIDES["grouped"]), DensePlan())
+    made = make_runtime(simplify(head), make_sides(shape, SIDES["grouped"]), DensePlan())
     monkeypatch.setattr("compress.dense.has_onnxruntime", lambda: False)
     assert DenseRuntime(made.head, made.sides, DensePlan(), made.graph).backend == "torch"
 
@@ -291,7 +326,7 @@ def test_without_onnxruntime_torch_ranks(monkeypatch):
 def saved(folder):
     head, shape = make_head("dlrm")
     small, _ = quantize_head(head, batches(2), flat_loss, 0.0, INT8)
-    runtime = make_runtime(small, sides_of(shape, SIDES["grouped"]), INT8)
+    runtime = make_runtime(small, make_sides(shape, SIDES["grouped"]), INT8)
     runtime.save(folder)
     return head, runtime.sides
 
