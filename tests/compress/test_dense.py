@@ -232,7 +232,7 @@ def test_plan_is_carried_out_in_order():
     assert small.top[0].out_features == 16
     assert {s.kind for s in steps} == {"int8"}
     spread = torch.cat([head(*b) for b in batches(2, seed=7)]).std()
-    assert 0 < apart(small, head) < 0.5 * spread
+    assert 0 < apart(small, head) < 0.8 * spread  # a third of few neurons gone, and hardly a lesson
 
 
 # -- one request, both backends, files -------------------------------------------------------------------------------
