@@ -30,6 +30,7 @@ Kind = Literal["fp32", "bf16", "int8", "row8"]
 SAMPLE_ROWS = 4096  # rows of a layer's inputs that its scale is chosen on
 CLIPS = (0.0, 1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # shares of the values that each end of a range leaves out
 LEAST_WIDTH = 8  # a layer with fewer inputs or outputs costs next to nothing, and the logits deserve fp32
+LEAST_SHARE = 0.01  # of a head's products: a layer with fewer of them stays fp32, for fewer bits would save no time
 RIDGE = 1e-6  # of the mean variance: keeps the folding of neurons solvable where some are alike
 
 
@@ -228,7 +229,7 @@ def quantize_head(
     Raises: PlanError where the sample is empty or not finite.
     """
     head = simplify(head)
-    layers = {n: m for n, m in linears(head).items() if min(m.in_features, m.out_features) >= LEAST_WIDTH}
+    layers = worth_fewer_bits(head)
     if plan.kind == "fp32" or not layers:
         return head, []
     samples = layer_inputs(head, layers, calibration)
@@ -252,6 +253,17 @@ def quantize_head(
         steps.append(LayerStep(name, layers[name].weight.numel(), chosen, delta))
     fuse_chains(head)
     return head, steps
+
+
+def worth_fewer_bits(head: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers that hold a noticeable share of a head's products."""
+    layers = linears(head)
+    least = LEAST_SHARE * sum(m.weight.numel() for m in layers.values())
+    return {
+        name: m
+        for name, m in layers.items()
+        if min(m.in_features, m.out_features) >= LEAST_WIDTH and m.weight.numel() >= least
+    }
 
 
 def _converted(linear: nn.Linear, kind: Kind, sample: Tensor) -> nn.Module:
