@@ -40,10 +40,10 @@ class DensePlan(Config):
 
     `activations`: one calibrated scale a layer ("static"), or one a row ("row", torch only). `keep_neurons` is the
     share of each hidden layer's neurons that stay, by `neurons`: how much they vary and what reads them, or what the
-    loss would lose. `rank` the share of a layer's output energy that its low-rank form
-    keeps (null: no factors), `distill_steps` how long the smaller head then learns from the one it came from. A layer
-    takes fewer bits where the held-out loss stays within `max_loss` (relative, all layers together). `backend` "auto"
-    takes the faster one on the machine that loads it.
+    loss would lose. `rank` is the share of a layer's output energy that its low-rank form keeps (null: no factors).
+    `distill_steps`: how long the smaller head then learns from the one it came from, with `rounds` little by little. A
+    layer takes fewer bits where the held-out loss stays within `max_loss` (relative, all layers together). `backend`
+    "auto" takes the faster one on the machine that loads it.
     """
 
     dtype: Literal["fp32", "bf16", "int8"] = "fp32"
@@ -52,6 +52,7 @@ class DensePlan(Config):
     neurons: NeuronScore = "activation"
     rank: float | None = Field(default=None, gt=0, le=1)
     distill_steps: int = Field(default=0, ge=0)
+    rounds: int = Field(default=1, ge=1, le=100)
     max_loss: float = Field(default=0.0005, ge=0)
     backend: Literal["auto", "torch", "onnx"] = "auto"
 
@@ -88,17 +89,22 @@ def compress_head(
 ) -> tuple[nn.Module, list[LayerStep]]:
     """All that a plan asks for: fewer neurons, lower rank, `steps` of distillation on `lessons`, then fewer bits.
 
+    Neurons go in the plan's `rounds`, the same share of those left in each, and the steps are divided among the rounds.
+
     `loss` and `budget` are those of `quantize_head`: the gate is on the last step alone, so whoever narrows a head
     compares its loss with the original's.
     Raises: PlanError as its parts do.
     """
     small = simplify(head)
-    if plan.keep_neurons < 1:
-        small = prune_neurons(small, calibration, plan.keep_neurons, plan.neurons)
-    if plan.rank is not None:
-        small = factor_layers(small, calibration, plan.rank)
-    if steps:
-        distill_head(small, head, lessons, steps)
+    taught = iter(lessons)
+    for number in range(plan.rounds if plan.keep_neurons < 1 else 1):
+        if plan.keep_neurons < 1:
+            small = prune_neurons(small, calibration, plan.keep_neurons ** (1 / plan.rounds), plan.neurons)
+        last = number == plan.rounds - 1 or plan.keep_neurons == 1
+        if plan.rank is not None and last:
+            small = factor_layers(small, calibration, plan.rank)
+        if steps:
+            distill_head(small, head, taught, steps // plan.rounds if plan.keep_neurons < 1 else steps)
     return quantize_head(small, calibration, loss, budget, plan)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -425,3 +426,20 @@ class TwoLayers(torch.nn.Module):
     def forward(self, dense: torch.Tensor, looked_up: torch.Tensor) -> torch.Tensor:
         """Logits (B, 1)."""
         return self.mlp(torch.cat([dense, looked_up], dim=1))
+
+
+def test_neurons_go_little_by_little_with_lessons_between() -> None:
+    head = make_head("dlrm")[0]
+    seen: list[int] = []
+
+    def lessons() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        while True:
+            seen.append(1)
+            yield batches(1)[0]
+
+    plan = DensePlan(keep_neurons=0.25, rounds=2, distill_steps=6)
+    small, _ = compress_head(head, plan, batches(4), lambda _head: 1.0, 0.0, lessons(), plan.distill_steps)
+    widths = {n: m.out_features for n, m in linears(small).items()}
+    once, _ = compress_head(head, DensePlan(keep_neurons=0.25), batches(4), lambda _head: 1.0, 0.0)
+    assert widths == {n: m.out_features for n, m in linears(once).items()}
+    assert 6 <= len(seen) <= 7
