@@ -167,7 +167,9 @@ def measure(path: Path, dataset: Any, request: dict[str, Any]) -> Measured:
     asked = RankRequest.model_validate({**request, "candidates": request["candidates"][:CANDIDATES]})
     times = [ranker.rank(asked).ms for _ in range(TIMED_RUNS)]
     sizes = artifact.sizes
-    unpacked = all(tier.bits == 32 for t in artifact.model.lookup.tables for tier in t.tiers)  # fp32: rows alone, no id map counted
+    unpacked = all(
+        tier.bits == 32 for t in artifact.model.lookup.tables for tier in t.tiers
+    )  # fp32: rows alone, no id map counted
     rows = sizes["table_bytes_fp32" if unpacked else "table_bytes"]
     return Measured(rows, sizes["artifact_bytes"], metrics["auc"], metrics["ne"], round(statistics.median(times), 3))
 

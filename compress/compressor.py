@@ -60,7 +60,9 @@ class ResolvedTable:
 
         Narrowed in fp64, as fp32 products round otherwise with few rows than with many, and trials code few.
         """
-        narrow = rows_ND if self.encoder is None else (rows_ND.double() @ torch.from_numpy(self.encoder).double()).float()
+        narrow = (
+            rows_ND if self.encoder is None else (rows_ND.double() @ torch.from_numpy(self.encoder).double()).float()
+        )
         return quantize_rows(narrow, self.stored.tiers[tier].bits, self.clip)
 
 

@@ -155,7 +155,7 @@ def unpack_sorted(packed: np.ndarray, count: int, bits: int) -> np.ndarray:
     highs = np.unpackbits(packed[split:], count=count + (1 << (bits - low)), bitorder="little")
     places = np.flatnonzero(highs)
     if len(places) != count:
-        raise ArtifactError(f"ids.arrow: a segment of {len(places)} keys is said to have {count}: restore the file")
+        raise ArtifactError(f"a segment of {len(places)} keys is said to have {count}")
     numbers = (places - np.arange(count)).astype(np.uint64) << np.uint64(low)
     for at in range(0, count if low else 0, CHUNK_KEYS):  # a multiple of 8 keys fills whole bytes
         some = min(CHUNK_KEYS, count - at)
@@ -259,14 +259,13 @@ def read_ids(path: Path, tables: Mapping[str, TableInfo], stored: Sequence[Store
     maps = {}
     for index, name in enumerate(names):
         packed = np.frombuffer(file["packed"][index].as_buffer() or b"", dtype=np.uint8)
-        maps[name] = _id_map(
-            tables[name].num_embeddings,
-            file["bits"][index].as_py(),
-            file["rows"][index].as_py(),
-            packed,
-            len(of[name].tiers),
-            of[name].centroids,
-        )
+        bits, rows = file["bits"][index].as_py(), file["rows"][index].as_py()
+        try:
+            maps[name] = _id_map(
+                tables[name].num_embeddings, bits, rows, packed, len(of[name].tiers), of[name].centroids
+            )
+        except ArtifactError as error:
+            raise ArtifactError(f"{path}: table {name}: {error}: restore the file") from None
     return maps
 
 
@@ -279,14 +278,18 @@ def _id_map(
     if not bits:
         return IdMap(size)
     if len(rows) not in (tiers, tiers + centroids, tiers + 1) or min(rows) < 0 or sum(rows) > size:
-        raise ArtifactError(f"ids.arrow: segments of {rows} rows in a table of {num_embeddings}: restore the file")
+        raise ArtifactError(
+            f"segments of {rows} rows in a table of {num_embeddings}, {tiers} tiers and {centroids} centroids"
+        )
     if bits <= 8:  # segment numbers
+        if sum(rows) != size:
+            raise ArtifactError(f"segments of {rows} rows in a table of {num_embeddings}")
         numbers = unpack_numbers(packed, size, bits)
         found = np.zeros(size, dtype=np.int32)
         for segment in range(len(rows)):
             own = np.flatnonzero(numbers == segment)
             if len(own) != rows[segment]:
-                raise ArtifactError(f"ids.arrow: a segment of {len(own)} rows is said to have {rows[segment]}")
+                raise ArtifactError(f"a segment of {len(own)} rows is said to have {rows[segment]}")
             found[own] = _rows_of(segment, len(own), firsts, tiers, centroids)
         return IdMap(size, remap=np.concatenate([reserved, found]).astype(np.int32))
     keys, found_rows, at = [], [], 0
@@ -295,6 +298,8 @@ def _id_map(
         keys.append(unpack_sorted(packed[at:end], count, bits))
         found_rows.append(_rows_of(segment, count, firsts, tiers, centroids))
         at = end
+    if at != len(packed):
+        raise ArtifactError(f"segments of {rows} keys take {at} bytes, there are {len(packed)}")
     together = np.concatenate(keys)
     sort = np.argsort(together, kind="stable")
     remap = np.concatenate([reserved, np.concatenate(found_rows)[sort]]).astype(np.int32)

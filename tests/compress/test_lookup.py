@@ -158,7 +158,9 @@ def test_lookup_refuses_a_block_of_another_size() -> None:
 def test_pieces_are_aligned_and_do_not_overlap() -> None:
     tables = [*MIXED, *TIERED]
     pieces, size = pieces_of(tables)
-    assert [(p.table, p.tier) for p in pieces] == [(t, k) for t, table in enumerate(tables) for k in range(len(table.tiers))]
+    assert [(p.table, p.tier) for p in pieces] == [
+        (t, k) for t, table in enumerate(tables) for k in range(len(table.tiers))
+    ]
     ends = [*(p.first_byte for p in pieces[1:]), size]
     assert pieces[0].first_byte == 0
     for piece, end in zip(pieces, ends, strict=True):
@@ -376,6 +378,16 @@ def test_lookup_with_decoders_equals_its_oracle_and_widened_rows(mean: set[str])
     wide = decoded(tables, block, 2) @ decoders["both"]
     for row in range(34):
         torch.testing.assert_close(lookup(single("b", row, features))[0, :24], wide[row], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [None, (16, 8), (8, 12)])
+def test_lookup_refuses_narrow_rows_without_what_widens_them(shape: tuple[int, int] | None) -> None:
+    tables, decoders = narrow_tables()
+    del decoders["narrow"]
+    if shape:
+        decoders["narrow"] = torch.zeros(shape)
+    with pytest.raises(AssertionError, match="narrow: no decoder from 8 to 16"):
+        Lookup(tables, ["n"], set(), packed_block(tables), decoders)
 
 
 @pytest.mark.parametrize("name", ["plain", "narrow", "both", "tiers"])

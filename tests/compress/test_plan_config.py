@@ -41,7 +41,7 @@ def test_load_plan_reads_what_was_dumped(tmp_path: Path) -> None:
         ("default: {keep: 0}", "default.keep"),
         ("default: {keep: 1.5}", "default.keep"),
         ("tables: {a: {coverage: -1}}", "tables.a.coverage"),
-        ("tables: {a: {keep: 0.5, coverage: 0.5}}", "not both"),
+        ("tables: {a: {keep: 0.5, coverage: 0.5}}", "give one of keep"),
         ("default: {bit: 8}", "default.bit"),
         ("version: 2", "version"),
         ("tables: [a]", "tables"),
