@@ -174,7 +174,7 @@ def save_random_checkpoint(run: RunConfig, dataset: Dataset, folder: Path, seed:
     return open_checkpoint(folder)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class World:
     """A raw log, its prepared data and a checkpoint of it."""
 
