@@ -23,7 +23,7 @@ from compress.errors import PlanError
 from compress.ids import Layout, id_map_bytes, read_ids, target_rows, write_ids
 from compress.lookup import StoredTable, Tier, map_block, pieces_of, tier_views
 from compress.methods.codec import quantize_rows, row_bytes
-from compress.methods.lowrank import factor, rank_for_energy
+from compress.methods.lowrank import energies, factor, rank_for_energy
 from compress.methods.prune import keep_columns
 from compress.model import build_model
 from compress.search.profile import TableProfile
@@ -144,11 +144,15 @@ def _narrowed(asked: TablePlan, profile: TableProfile) -> tuple[np.ndarray | Non
         encoder = np.zeros((dim, len(kept)), dtype=np.float32)
         encoder[kept, np.arange(len(kept))] = 1.0
         return encoder, np.ascontiguousarray(decoder, np.float32)
-    rank = asked.rank if asked.energy is None else rank_for_energy(profile.moment, asked.energy)
-    if rank is None or _packable_width(rank, dim) >= dim:
+    if asked.rank is None and asked.energy is None:
         return None, None
-    encoder, decoder = factor(profile.moment, _packable_width(rank, dim))
-    return np.ascontiguousarray(encoder, np.float32), np.ascontiguousarray(decoder, np.float32)
+    moment, metric = torch.from_numpy(profile.moment), profile.fisher
+    metric_DD = None if metric is None else torch.from_numpy(metric)  # noqa: N806
+    rank = asked.rank or rank_for_energy(energies(moment, metric_DD), asked.energy or 1.0)
+    if _packable_width(rank, dim) >= dim:
+        return None, None
+    narrow, wide = factor(moment, _packable_width(rank, dim), metric_DD=metric_DD)
+    return narrow.contiguous().numpy(), wide.contiguous().numpy()
 
 
 def _packable_width(width: int, dim: int) -> int:

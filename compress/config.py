@@ -14,6 +14,7 @@ from trainer.data.schema import Config
 
 Bits = Literal[2, 4, 8, 16, 32]
 Clip = Literal["minmax", "search"]
+Unknown = Literal["own", "shared"]
 Order = Literal["frequency", "norm", "frequency_norm", "fisher"]
 
 
@@ -57,7 +58,7 @@ class TablePlan(Cut):
     tiers: tuple[TierPlan, ...] = ()
     clip: Clip = "search"
     centroids: int = Field(default=1, ge=1, le=64)
-    unknown: Literal["own", "shared"] = "own"
+    unknown: Unknown = "own"
     rank: int | None = Field(default=None, ge=4)
     energy: float | None = Field(default=None, gt=0, lt=1)
     columns: int | None = Field(default=None, ge=4)

@@ -116,7 +116,7 @@ def measure_tables(
 
     def losses(tables: Mapping[str, ResolvedTable] | None) -> np.ndarray:
         logits = score(working, tables)
-        return sum(row_losses(working.labels[:, t], logits[:, t]) for t in range(logits.shape[1]))
+        return np.sum([row_losses(working.labels[:, t], logits[:, t]) for t in range(logits.shape[1])], axis=0)
 
     base = losses(None)
     measured = {}

@@ -10,11 +10,12 @@ import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
 from compress.compressor import resolve, table_bytes
-from compress.config import Clip, CompressionPlan, TablePlan, TierPlan
+from compress.config import Bits, Clip, CompressionPlan, TablePlan, TierPlan, Unknown
 from compress.errors import PlanError
 from compress.ids import Layout, id_map_bytes
 from compress.lookup import TABLE_ALIGNMENT
@@ -106,8 +107,8 @@ def _above_floor(options: list[Options], budget: int, base: int) -> int:
         largest = sorted(zip(floors, (o.name for o in options), strict=True), reverse=True)[:5]
         held = ", ".join(f"{name} {int(size):,}" for size, name in largest if size)
         raise PlanError(
-            f"budget {budget + base:,} bytes: the floor is {base + int(floors.sum()):,}: {base:,} of reserved and shared "
-            f"rows{', id maps of ' + held if held else ''}: give more bytes"
+            f"budget {budget + base:,} bytes: the floor is {base + int(floors.sum()):,}: {base:,} of reserved and "
+            f"shared rows{', id maps of ' + held if held else ''}: give more bytes"
         )
     return budget
 
@@ -151,17 +152,22 @@ def _base_bytes(profile: TableProfile) -> int:
 
 def tiers_of(profile: TableProfile, predicted: Predicted, choice: np.ndarray, *, forget: bool) -> TablePlan:
     """The plan of a table whose buckets were given these options (E - 1,), 0 for cut."""
-    unknown = "shared" if forget else "own"
+    unknown: Unknown = "shared" if forget else "own"
     tiers, at = [], 0
     for option, run in itertools.groupby(choice.tolist()):
         at += len(list(run))
         if option:
-            tiers.append(TierPlan(bits=predicted.bits[option - 1], rows=int(profile.edges[at])))
+            tiers.append(TierPlan(bits=bits_of(predicted, option - 1), rows=int(profile.edges[at])))
     if not tiers:
         return TablePlan(tiers=(TierPlan(bits=FLOOR_BITS, rows=RESERVED_ROWS),), unknown=unknown)
     if tiers[-1].rows == profile.info.num_embeddings and len(tiers) == 1:
         return TablePlan(bits=tiers[0].bits)
     return TablePlan(tiers=tuple(tiers), unknown=unknown)
+
+
+def bits_of(predicted: Predicted, option: int) -> Bits:
+    """The bits of an option of a prediction."""
+    return cast(Bits, predicted.bits[option])
 
 
 def _uniform(
@@ -177,5 +183,5 @@ def _uniform(
     found = knapsack(options, _above_floor(options, budget, 0))
     plans = {}
     for (name, p), option in zip(predicted.items(), found.choices, strict=True):
-        plans[name] = TablePlan(bits=p.bits[option]), float(p.loss[:, option].sum())
+        plans[name] = TablePlan(bits=bits_of(p, option)), float(p.loss[:, option].sum())
     return plans

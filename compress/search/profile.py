@@ -36,7 +36,8 @@ class TableProfile:
     (E,), lookups (E,): ranks, and lookups before each. sums (E - 1, D) float64 and weights (E - 1,): weighted rows of
     each bucket. moment (D, D) float64: sum of n w w' over rows w looked up n times. oov (D,): the out-of-vocabulary
     row; unknown: how many lookups in as many rows as the training split's would meet it, by the validation split.
-    key_bits (E,): bits of a stored key if the rows before each edge have one; None for a hash or bucket table.
+    key_bits (E,): bits of a stored key if the rows before each edge have one; None for a hash or bucket table. fisher
+    (D, D): what the loss minds, where it is known.
     """
 
     info: TableInfo
@@ -50,6 +51,7 @@ class TableProfile:
     oov: np.ndarray
     unknown: float
     key_bits: np.ndarray | None
+    fisher: np.ndarray | None = None
 
     def slim(self) -> TableProfile:
         """The same without what grows with the table: all that a trial needs."""
@@ -172,6 +174,7 @@ def profile_table(
         checkpoint.table_rows(table.name, np.zeros(1, dtype=np.int64))[0].numpy(),
         unknown,
         bits,
+        fisher_DD,
     )
 
 

@@ -77,6 +77,17 @@ class Chunk:
     first: int = 0
 
 
+def chunks_of(dataset: Dataset, split: SplitName) -> list[Chunk]:
+    """The row groups of a split in its own order."""
+    chunks: list[Chunk] = []
+    first = 0
+    for file in dataset.files[split]:
+        for group, rows in enumerate(file.row_groups):
+            chunks.append(Chunk(file.path, group, rows, first))
+            first += rows
+    return chunks
+
+
 @dataclass(frozen=True)
 class Piece:
     """Rows `start` to `stop` of a chunk."""
@@ -206,12 +217,8 @@ class Reader:
         self.fraction = fraction
         self.teacher = teacher
         self._whole: Rows | None = None
-        self.chunks: list[Chunk] = []
-        self.rows = 0
-        for file in dataset.files[split]:
-            for group, rows in enumerate(file.row_groups):
-                self.chunks.append(Chunk(file.path, group, rows, self.rows))
-                self.rows += rows
+        self.chunks = chunks_of(dataset, split)
+        self.rows = dataset.rows(split)
         wanted = lanes or (LANES if shuffle else world_size)
         self.lanes = min(wanted, batch_size, self.rows)  # each lane has a row for each batch
         if world_size > self.lanes:
@@ -424,24 +431,16 @@ def concatenate(parts: list[Rows]) -> Rows:
 
 def read_split(dataset: Dataset, split: SplitName, limit: int | None = None) -> Rows:
     """A whole split in its own order, or its first `limit` rows."""
-    parts, rows = [], 0
-    for file in dataset.files[split]:
-        for group, size in enumerate(file.row_groups):
-            if limit is not None and rows >= limit:
-                break
-            parts.append(read_chunk(dataset, Chunk(file.path, group, size, rows)))
-            rows += size
-    whole = concatenate(parts)
+    whole = concatenate([read_chunk(dataset, c) for c in chunks_of(dataset, split) if limit is None or c.first < limit])
     return whole if limit is None or len(whole) <= limit else whole.take(np.arange(limit))
 
 
 def spread_rows(dataset: Dataset, split: SplitName, limit: int) -> Rows:
     """About `limit` rows of a split at most, in whole row groups from all over it."""
-    sizes = [(file.path, group, size) for file in dataset.files[split] for group, size in enumerate(file.row_groups)]
-    firsts = np.cumsum([0, *(size for _, _, size in sizes)])
-    wanted = max(round(len(sizes) * min(limit / max(firsts[-1], 1), 1.0)), 1)
-    chosen = np.unique(np.linspace(0, len(sizes) - 1, wanted).round().astype(int))
-    rows = concatenate([read_chunk(dataset, Chunk(*sizes[i], int(firsts[i]))) for i in chosen])
+    chunks = chunks_of(dataset, split)
+    wanted = max(round(len(chunks) * min(limit / max(dataset.rows(split), 1), 1.0)), 1)
+    chosen = np.unique(np.linspace(0, len(chunks) - 1, wanted).round().astype(int))
+    rows = concatenate([read_chunk(dataset, chunks[i]) for i in chosen])
     return rows if len(rows) <= limit else rows.take(np.sort(np.random.default_rng(0).permutation(len(rows))[:limit]))
 
 
