@@ -300,6 +300,22 @@ def test_unknown_ids_are_taken_for_known_ones_as_rarely_as_told(tmp_path: Path, 
     assert abs(mistaken - expected) < 5 * np.sqrt(expected) + 1
 
 
+def test_forgotten_ids_are_taken_for_kept_ones_as_rarely_as_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are unknown ids: a shortened hash may be a kept one's. Kept ids are never mistaken."""
+    monkeypatch.setattr(compress.ids, "FALSE_KNOWN", 0.02)
+    monkeypatch.setattr(compress.ids, "MIN_KEY_BITS", 4)
+    keys = random_keys(20_000)
+    trained, layout = IdMap(20_000, keys), layout_of(20_002, [0.1], shared=True)
+    own, _ = written(tmp_path, trained, layout)
+    target, found = target_rows(trained, layout)[RESERVED_ROWS:], own.rows(keys)
+    forgotten = target == OOV_ROW
+    assert forgotten.sum() == 18_000
+    assert np.array_equal(found[~forgotten], target[~forgotten])
+    assert (found[forgotten] != OOV_ROW).mean() < 0.03
+
+
 def test_ids_of_several_tables_share_a_file(tmp_path: Path) -> None:
     trained = {"a": IdMap(30, random_keys(30, 1)), "h": IdMap(9), "b": IdMap(40, random_keys(40, 2)), "p": IdMap(9)}
     names = {"a": "tiers", "h": "whole", "b": "forgotten", "p": "tiers and bands"}
