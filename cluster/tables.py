@@ -54,6 +54,16 @@ def front_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def losses_table(by_table: dict[str, dict[str, float]]) -> list[str]:
+    """What compressing each table alone costs, as predicted and as measured."""
+    rows = [
+        [name, f"{1e6 * t['predicted']:,.2f}", f"{1e6 * t['measured']:+,.2f}", f"{1e6 * t['error']:,.2f}"]
+        for name, t in sorted(by_table.items(), key=lambda item: -item[1]["predicted"])
+    ]
+    title = "each table alone: millionths of a nat of log loss"
+    return render(title, ["table", "predicted", "measured", "+-"], rows)
+
+
 def checkpoint_table(result: dict[str, Any]) -> list[str]:
     """What is inside a checkpoint."""
     rows = [

@@ -1,20 +1,23 @@
-"""The artifact: data, never code. Write, read, verify.
+"""The artifact: data, never code. Open it, whoever wrote it; its golden rows. The format: docs/artifact_format.md.
 
-manifest.json      format version, run, tables, lineage, sizes, metrics, sha256 of every other file
+manifest.json      format version, run, tables, lineage, sizes, metrics, size and sha256 of every other file
+manifest.sig       optional Ed25519 signature of the manifest (compress/signing.py)
 tables.bin         all packed rows in FBGEMM's layout, each table aligned, mapped read-only by every replica
 dense.safetensors  the head;  decoders.safetensors  what widens the rows of low-rank tables
 transform.json     schema and fitted numbers;  ids.arrow  raw id -> row
 items.arrow        the item catalogue;  golden.arrow  raw rows with the scores they must get
+
+Every step of `load_artifact` rests only on what the steps before it have checked.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -22,22 +25,58 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from compress.catalogue import Catalogue, read_catalogue
+from compress.checks import (
+    check_catalogue,
+    check_decoders,
+    check_file,
+    check_head,
+    check_ids,
+    check_run,
+    check_tables_fit,
+    read_golden,
+)
+from compress.encryption import close_all, decrypted_files
 from compress.errors import ArtifactError
 from compress.ids import read_ids
-from compress.lookup import StoredTable, Tier, map_block
+from compress.lookup import map_block, pieces_of
+from compress.manifest import MANIFEST, MANIFEST_BYTES, open_regular, parse_manifest, read_bounded, seal, stored_tables
 from compress.model import CompressedModel, build_model
+from compress.onnx_head import ONNX_HEAD, check_onnx
+from compress.signing import check_signature, configured_keys
+from compress.verified import checksum
 from trainer.config import RunConfig, parse_run
-from trainer.data.transform import Transform, read_arrow, read_description
+from trainer.data.transform import Transform, flat, read_description
 from trainer.errors import SlimrankError
-from trainer.files import sha256, write_json
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-FILES = {"tables.bin", "dense.safetensors", "transform.json", "ids.arrow", "golden.arrow"}
+__all__ = [
+    "MANIFEST",
+    "Artifact",
+    "check_golden",
+    "golden_table",
+    "is_artifact",
+    "load_artifact",
+    "read_manifest",
+    "seal",
+]
+
 DECODERS = "decoders.safetensors"
-SIZES = {"table_bytes", "table_bytes_fp32", "artifact_bytes"}
 GOLDEN_ROWS = 64
 GOLDEN_TOLERANCE = 1e-4  # log-odds: fp32 sums in another order on another processor move the last digits only
+Verify = Literal["full", "known", "none"]
+UNREADABLE = (  # what the libraries raise over data that they cannot make sense of
+    SlimrankError,
+    SafetensorError,
+    OSError,
+    LookupError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    AttributeError,
+    RuntimeError,
+    AssertionError,
+    MemoryError,
+    struct.error,
+)
 
 
 @dataclass(frozen=True)
@@ -49,10 +88,11 @@ class Artifact:
     run: RunConfig
     model: CompressedModel
     catalogue: Catalogue | None
+    golden: pa.Table
 
     @property
     def version(self) -> str:
-        """A short name of exactly these bytes."""
+        """A short name of exactly this artifact."""
         return self.model.version
 
     @property
@@ -61,122 +101,139 @@ class Artifact:
         return self.manifest["sizes"]
 
 
-def version_of(files: Mapping[str, str]) -> str:
-    """The name of a set of files: a digest of their checksums."""
-    return hashlib.sha256(json.dumps(dict(files), sort_keys=True).encode()).hexdigest()[:12]
-
-
-def seal(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Add checksums and the whole size to a manifest and write it: the last step of writing an artifact."""
-    files = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != MANIFEST}
-    sealed = {**manifest, "format_version": FORMAT_VERSION, "version": version_of(files), "files": files}
-    others = sum(p.stat().st_size for p in folder.iterdir() if p.is_file() and p.name != MANIFEST)
-    sealed["sizes"] = {**sealed["sizes"], "artifact_bytes": others}
-    own = 0
-    while True:  # the manifest counts itself; its own length settles in a round or two
-        sealed["sizes"]["artifact_bytes"] = others + own
-        length = len((json.dumps(sealed, indent=2) + "\n").encode())
-        if length == own:
-            break
-        own = length
-    write_json(folder / MANIFEST, sealed)
-    return sealed
-
-
 def is_artifact(path: Path) -> bool:
     """Whether a folder looks like an artifact at all."""
-    return (Path(path) / MANIFEST).exists()
+    return (Path(path) / MANIFEST).is_file()
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an artifact. Raises: ArtifactError when there is none or it is of another format."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        version = manifest["format_version"]
-    except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError):
-        raise ArtifactError(f"{folder}: not an artifact: give the folder that 'compress' or 'tune' wrote") from None
-    if version != FORMAT_VERSION:
-        raise ArtifactError(f"{folder}: artifact format {version}, this version reads {FORMAT_VERSION}: compress again")
-    files, sizes = manifest.get("files"), manifest.get("sizes")
-    whole = isinstance(files, dict) and set(files) >= FILES and isinstance(sizes, dict) and set(sizes) >= SIZES
-    if not whole or manifest.get("version") != version_of(files):
-        raise ArtifactError(f"{folder / MANIFEST}: altered since it was written: restore the file")
-    return manifest
+def read_manifest(folder: Path, trusted_keys: Sequence[Path] | None = None) -> dict[str, Any]:
+    """The manifest of an artifact, its signature checked where keys are configured (see `load_artifact`).
+
+    Raises: ArtifactError when there is none, no trusted key signed it, or it breaks a rule of the format.
+    """
+    folder = Path(folder).absolute()
+    keys = configured_keys(trusted_keys)
+    if not is_artifact(folder):
+        raise ArtifactError(f"{folder}: not an artifact: give the folder that 'compress' or 'tune' wrote")
+    content = read_bounded(folder / MANIFEST, MANIFEST_BYTES)
+    if keys:
+        check_signature(folder, content, keys)
+    return parse_manifest(content, str(folder / MANIFEST))
 
 
-def verify_files(folder: Path, manifest: dict[str, Any]) -> None:
-    """Raises: ArtifactError naming the first file that is absent, cut short or altered."""
+def verify_files(folder: Path, manifest: Mapping[str, Any], verify: Verify = "full") -> None:
+    """Check every file of a manifest: a regular file, of its size, of its checksum (sizes of all come first).
+
+    "known" takes the word of this machine's record for files that it hashed before and that have not changed since;
+    "none" looks at sizes only. Raises: ArtifactError naming the first file that differs.
+    """
+    damaged = "altered or cut short since it was written: restore the file, or compress again"
     for name, expected in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise ArtifactError(f"{path}: missing from the artifact: compress again, or restore the file")
-        if sha256(path) != expected:
-            raise ArtifactError(
-                f"{path}: altered or cut short since it was written: restore the file, or compress again"
-            )
+        with open_regular(folder / name):
+            if (folder / name).lstat().st_size != expected["bytes"]:
+                raise ArtifactError(f"{folder / name}: {damaged}")
+    if verify == "none":
+        return
+    for name, expected in manifest["files"].items():
+        if checksum(folder / name, full=verify == "full") != expected["sha256"]:
+            raise ArtifactError(f"{folder / name}: {damaged}")
 
 
-def load_artifact(folder: Path, *, verify: bool = True) -> Artifact:
-    """Open an artifact: checksums, then the model, then its golden scores.
+def load_artifact(folder: Path, *, verify: Verify = "known", trusted_keys: Sequence[Path] | None = None) -> Artifact:
+    """Open an artifact: signature, manifest, checksums, then the model, then its golden scores.
 
+    `verify`: "full" hashes every byte, "known" only files that this machine has not hashed before as they are now,
+    "none" leaves out checksums and golden scores (bounds are checked all the same). `trusted_keys`: PEM files of
+    Ed25519 public keys, those of SLIMRANK_TRUSTED_KEY by default; where there are any, one must have signed.
     Raises: ArtifactError when it is none, is damaged, or does not score as it did when it was written.
     """
     folder = Path(folder).absolute()
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, trusted_keys)
     try:
-        if verify:
-            verify_files(folder, manifest)
-        infos, numerics, schema = read_description(folder / "transform.json")
-        tables = [stored_table(t) for t in manifest["tables"]]
-        ids = read_ids(folder / "ids.arrow", infos, tables)
-        transform = Transform(schema, infos, ids, numerics)
-        block = map_block(folder / "tables.bin", (folder / "tables.bin").stat().st_size)
-        dense = load_file(folder / "dense.safetensors")
-        run = parse_run(manifest["run"], str(folder / MANIFEST))
-        decoders = load_file(folder / DECODERS) if DECODERS in manifest["files"] else {}
-        model = build_model(run, transform, tables, block, dense, manifest["version"], decoders)
-        items = folder / "items.arrow"
-        catalogue = read_catalogue(items, transform) if items.exists() else None
-        artifact = Artifact(folder, manifest, run, model, catalogue)
-        if verify:
+        verify_files(folder, manifest, verify)
+        with _plain_files(folder, manifest) as paths:
+            artifact = _open(folder, manifest, paths)
+        if verify != "none":
             check_golden(artifact)
     except ArtifactError:
         raise
-    except (
-        SlimrankError,
-        SafetensorError,
-        OSError,
-        LookupError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-        AssertionError,
-    ) as e:
-        reason = (str(e).splitlines() or ["no reason given"])[0]
-        raise ArtifactError(f"{folder}: cannot be loaded: {type(e).__name__}: {reason}") from None
+    except UNREADABLE as error:
+        reason = (str(error).splitlines() or ["no reason given"])[0][:300]
+        raise ArtifactError(f"{folder}: cannot be loaded: {type(error).__name__}: {reason}") from None
     return artifact
 
 
-def stored_table(described: Mapping[str, Any]) -> StoredTable:
-    """A table as the manifest describes it."""
-    tiers = tuple(Tier(**tier) for tier in described["tiers"])
-    return StoredTable(**{**described, "tiers": tiers, "features": tuple(described["features"])})
+@contextmanager
+def _plain_files(folder: Path, manifest: Mapping[str, Any]) -> Iterator[dict[str, Path]]:
+    """Where each file can be read as it was before encryption."""
+    if manifest.get("encryption") is None:
+        yield {name: folder / name for name in manifest["files"]}
+        return
+    files = decrypted_files(folder, manifest)
+    try:
+        yield {name: Path(f"/proc/self/fd/{file.fileno()}") for name, file in files.items()}
+    finally:
+        close_all(files)
+
+
+def _open(folder: Path, manifest: dict[str, Any], paths: Mapping[str, Path]) -> Artifact:
+    for name, path in paths.items():
+        check_file(name, path)
+    check_run(manifest["run"], str(folder / MANIFEST))
+    run = parse_run(manifest["run"], str(folder / MANIFEST))
+    infos, numerics, schema = read_description(paths["transform.json"])
+    check_tables_fit(infos, manifest, str(folder))
+    tables = stored_tables(manifest)
+    rows = {t.name: t.rows for t in tables}
+    ids = read_ids(paths["ids.arrow"], infos, tables)
+    check_ids(ids, infos, rows, str(folder))
+    transform = Transform(schema, infos, ids, numerics)
+    size = pieces_of(tables)[1]
+    if paths["tables.bin"].stat().st_size != size:
+        raise ArtifactError(f"{folder / 'tables.bin'}: not the {size:,} bytes that its tables take: compress again")
+    dense = load_file(paths["dense.safetensors"])
+    if set(dense) == {ONNX_HEAD}:
+        check_onnx(dense[ONNX_HEAD].numpy().tobytes(), str(folder / "dense.safetensors"))
+    else:
+        check_head(run, transform, {k: v.shape for k, v in dense.items()}, str(folder / "dense.safetensors"))
+    block = map_block(paths["tables.bin"], size)
+    decoders = load_file(paths[DECODERS]) if DECODERS in paths else {}
+    check_decoders(decoders, tables, str(folder / DECODERS))
+    model = build_model(run, transform, tables, block, dense, manifest["version"], decoders)
+    catalogue = read_catalogue(paths["items.arrow"], transform) if "items.arrow" in paths else None
+    if catalogue is not None:
+        check_catalogue(catalogue, transform, rows, str(folder / "items.arrow"))
+    golden = read_golden(paths["golden.arrow"], len(schema.tasks))
+    return Artifact(folder, manifest, run, model, catalogue, golden)
 
 
 def golden_table(sample: pa.Table, model: CompressedModel) -> pa.Table:
-    """Raw rows with the log-odds that this model gives them."""
+    """Raw rows with the log-odds that this model gives them.
+
+    Dictionaries are decoded, and columns that hold nothing at all left out (they read as missing either way): neither
+    may be in an artifact.
+    """
     rows = sample.slice(0, GOLDEN_ROWS)
     logits = model.score_encoded(model.transform.encode(rows))
+    columns = {name: flat(rows[name]) for name in rows.column_names if not _is_empty(rows.schema.field(name).type)}
     expected = pa.FixedSizeListArray.from_arrays(pa.array(logits.ravel()), logits.shape[1])
-    return rows.append_column("_expected", expected)
+    return pa.table({**columns, "_expected": expected})
+
+
+def _is_empty(kind: pa.DataType) -> bool:
+    return pa.types.is_null(kind) or (hasattr(kind, "value_type") and pa.types.is_null(kind.value_type))
+
+
+def golden_distance(artifact: Artifact) -> float:
+    """The largest difference between the golden rows' scores and those written beside them, in log-odds."""
+    expected = artifact.golden["_expected"].combine_chunks().flatten().to_numpy()
+    found = artifact.model.score_encoded(artifact.model.transform.encode(artifact.golden)).ravel()
+    return float(np.abs(found - expected).max())
 
 
 def check_golden(artifact: Artifact) -> None:
     """Raises: ArtifactError when raw rows no longer get the scores written beside them."""
-    golden = read_arrow(artifact.folder / "golden.arrow")
-    expected = golden["_expected"].combine_chunks().flatten().to_numpy()
-    found = artifact.model.score_encoded(artifact.model.transform.encode(golden)).ravel()
-    worst = float(np.abs(found - expected).max()) if len(expected) else 0.0
+    worst = golden_distance(artifact)
     if not worst <= GOLDEN_TOLERANCE:
         raise ArtifactError(
             f"{artifact.folder}: golden scores differ by {worst:.2g} (allowed {GOLDEN_TOLERANCE:g}): this machine or "

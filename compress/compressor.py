@@ -5,11 +5,10 @@ Legend: N rows, D embedding dim, W bytes of a row, C centroids.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,6 +33,7 @@ from trainer.errors import DataError
 from trainer.files import new_directory, write_json
 from trainer.progress import ReportProgress
 
+SHARED_BITS: Literal[8] = 8
 WIDTH_STEP = 8  # columns: what INT2 rows fill whole bytes by, and FBGEMM takes at any bits
 
 
@@ -41,13 +41,16 @@ WIDTH_STEP = 8  # columns: what INT2 rows fill whole bytes by, and FBGEMM takes 
 class ResolvedTable:
     """What a plan means for one table.
 
-    `layout` says where each training row lies; its `order` is empty in what trials get. `shared` (C, D) are the
-    centroids, `unknown` (D,) what the out-of-vocabulary row holds where ids that are cut read it too. `encoder`
-    (D, width) makes narrow rows, `decoder` (width, D) widens them.
+    `layout` says where each training row lies; what grows with the table is empty in what trials get. `bits` of each
+    segment of kept rows; `apart`: whether reserved rows and centroids are a tier of their own. `centroids` (C, D);
+    `unknown` (D,): what the out-of-vocabulary row holds where ids that are forgotten read it too. `encoder` (D, width)
+    makes narrow rows, `decoder` (width, D) widens them.
     """
 
     stored: StoredTable
     layout: Layout
+    bits: tuple[int, ...]
+    apart: bool
     clip: Clip
     centroids: np.ndarray
     unknown: np.ndarray | None
@@ -55,7 +58,7 @@ class ResolvedTable:
     decoder: np.ndarray | None
     id_map_bytes: int
 
-    def code(self, rows_ND: Tensor, tier: int) -> Tensor:  # noqa: N803
+    def code(self, rows_ND: Tensor, tier: int) -> Tensor:
         """Rows (N, D) fp32 as a tier stores them: (N, W) uint8.
 
         Narrowed in fp64, as fp32 products round otherwise with few rows than with many, and trials code few.
@@ -89,49 +92,75 @@ def resolve_table(asked: TablePlan, profile: TableProfile) -> ResolvedTable:
     rows, dim = info.num_embeddings, info.embedding_dim
     encoder, decoder = _narrowed(asked, profile)
     width = dim if encoder is None else encoder.shape[1]
-    ends, bits = _tiers(asked, profile)
+    ends, bits, zone = _tiers(asked, profile)
     for each in bits:
         row_bytes(width, each)
-    pruned = ends[-1] < rows
-    shared = pruned and asked.unknown == "shared"
-    bands = profile.bands(ends[-1], asked.centroids) if pruned and not shared else ()
-    layout = Layout(profile.order, ends, bands, shared)
-    sizes = np.diff([0, *ends])
-    sizes[0] += len(bands)
-    tiers = tuple(Tier(int(size), each) for size, each in zip(sizes, bits, strict=True))
-    edges = [ends[-1], *bands]
-    centroids = [profile.centroid(a, b) for a, b in itertools.pairwise(edges)]
-    key_bits = None if profile.key_bits is None else int(profile.key_bits[-1])
-    if shared and profile.key_bits is not None:
-        key_bits = int(profile.key_bits[np.searchsorted(profile.edges, ends[-1])])
+    book = profile.codebook(asked.centroids) if zone > ends[-1] else None
+    if book is not None:
+        centroids = book.centroids
+    elif zone > ends[-1]:
+        centroids = profile.centroid(ends[-1], zone)[None]
+    else:
+        centroids = np.zeros((0, dim), dtype=np.float32)
+    count = len(centroids)
+    numbers = np.zeros(0, dtype=np.uint8) if book is None else book.numbers
+    sizes = [int(n) for n in np.diff([RESERVED_ROWS, *ends])]
+    read = [zone - ends[-1]] if count else []
+    if book is not None:
+        first, last = np.searchsorted(profile.edges, [ends[-1], zone])
+        read = [int(n) for n in book.sizes[first:last].sum(0)]
+    apart = bits[0] < SHARED_BITS and (len(ends) > 1 or ends[-1] < rows)
     return ResolvedTable(
-        StoredTable(info.name, dim, width, tiers, info.features, len(bands)),
-        layout,
+        StoredTable(info.name, dim, width, physical_tiers(ends, bits, count, apart), info.features, count, len(ends)),
+        Layout(profile.order, ends, zone, count, numbers),
+        bits,
+        apart,
         asked.clip,
-        np.stack(centroids) if centroids else np.zeros((0, dim), dtype=np.float32),
-        profile.fallback(ends[-1]) if shared else None,
+        centroids,
+        profile.fallback(zone) if zone < rows else None,
         encoder,
         decoder,
-        id_map_bytes(rows, layout, key_bits),
+        id_map_bytes(rows, sizes, read, profile.key_bits),
     )
 
 
-def _tiers(asked: TablePlan, profile: TableProfile) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ranks at which tiers end, and their bits; tiers without rows are left out, like ones are one."""
+def physical_tiers(ends: Sequence[int], bits: Sequence[int], centroids: int, apart: bool) -> tuple[Tier, ...]:
+    """The tiers in which a table of segments is stored; those without rows are left out.
+
+    With `apart`, the reserved rows and the centroids, which many lookups read, are a tier of SHARED_BITS of their own.
+    """
+    sizes = [int(n) for n in np.diff([0, *ends])]
+    sizes[0] += centroids
+    kinds = list(bits)
+    if apart:
+        shared = RESERVED_ROWS + centroids
+        sizes[:1] = [shared, sizes[0] - shared]
+        kinds.insert(0, SHARED_BITS)
+    return tuple(Tier(size, each) for size, each in zip(sizes, kinds, strict=True) if size)
+
+
+def _tiers(asked: TablePlan, profile: TableProfile) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Ranks at which tiers of rows of their own end, their bits, and the rank at which rows that read centroids end."""
+    rows = profile.info.num_embeddings
     ends: list[int] = []
     bits: list[int] = []
+    zone = 0
     for tier in asked.all_tiers:
         end = profile.cut(tier)
-        if bits and (tier.bits == bits[-1] or end <= ends[-1]):
+        if tier.bits == 0:
+            zone = end
+        elif bits and (tier.bits == bits[-1] or end <= ends[-1]):
             ends[-1] = max(end, ends[-1])
-            continue
-        ends.append(end)
-        bits.append(tier.bits)
-    rows = profile.info.num_embeddings
-    saved = 0 if asked.unknown == "shared" else asked.centroids
-    if ends[-1] + saved >= rows:  # a cut that saves no row once its centroids are counted is no cut
-        ends[-1] = rows
-    return tuple(ends), tuple(bits)
+        else:
+            ends.append(end)
+            bits.append(tier.bits)
+    if not ends:
+        ends, bits = [RESERVED_ROWS], [SHARED_BITS]
+    if asked.unknown == "own":
+        zone = rows
+        if ends[-1] + 1 >= rows:  # a cut that saves no row once a centroid is counted is no cut
+            ends[-1] = rows
+    return tuple(ends), tuple(bits), max(zone, ends[-1])
 
 
 def _narrowed(asked: TablePlan, profile: TableProfile) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -140,14 +169,12 @@ def _narrowed(asked: TablePlan, profile: TableProfile) -> tuple[np.ndarray | Non
     if asked.columns is not None:
         if asked.columns >= dim:
             return None, None
-        kept, decoder = keep_columns(profile.moment, _packable_width(asked.columns, dim))
-        encoder = np.zeros((dim, len(kept)), dtype=np.float32)
-        encoder[kept, np.arange(len(kept))] = 1.0
-        return encoder, np.ascontiguousarray(decoder, np.float32)
+        kept, rebuild = keep_columns(torch.from_numpy(profile.moment), _packable_width(asked.columns, dim))
+        return np.ascontiguousarray(np.eye(dim, dtype=np.float32)[:, kept.numpy()]), rebuild.contiguous().numpy()
     if asked.rank is None and asked.energy is None:
         return None, None
     moment, metric = torch.from_numpy(profile.moment), profile.fisher
-    metric_DD = None if metric is None else torch.from_numpy(metric)  # noqa: N806
+    metric_DD = None if metric is None else torch.from_numpy(metric)
     rank = asked.rank or rank_for_energy(energies(moment, metric_DD), asked.energy or 1.0)
     if _packable_width(rank, dim) >= dim:
         return None, None
@@ -194,7 +221,7 @@ def pack_tables(
         progress("pack", index + 1, len(tables))
 
 
-def put_rows(views: Sequence[Tensor], part: ResolvedTable, where: Tensor, rows_ND: Tensor) -> None:  # noqa: N803
+def put_rows(views: Sequence[Tensor], part: ResolvedTable, where: Tensor, rows_ND: Tensor) -> None:
     """Code rows (N, D) into the tiers of one table, at its stored rows (N,)."""
     for tier, (first, view) in enumerate(zip(part.stored.firsts, views, strict=True)):
         inside = (where >= first) & (where < first + len(view))

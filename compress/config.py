@@ -9,13 +9,15 @@ from typing import Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from compress.errors import PlanError
+from compress.methods.codebook import MAX_CENTROIDS
+from compress.methods.codec import Clip
+from compress.methods.prune import Score
 from trainer.config import describe, load_yaml
 from trainer.data.schema import Config
 
 Bits = Literal[2, 4, 8, 16, 32]
-Clip = Literal["minmax", "search"]
+TierBits = Literal[0, 2, 4, 8, 16, 32]
 Unknown = Literal["own", "shared"]
-Order = Literal["frequency", "norm", "frequency_norm", "fisher"]
 
 
 class Cut(Config):
@@ -38,18 +40,21 @@ class Cut(Config):
 
 
 class TierPlan(Cut):
-    """The rows up to a cut, behind those of the tier before, at `bits` a value."""
+    """The rows up to a cut, behind those of the tier before, at `bits` a value.
 
-    bits: Bits
+    With bits 0, in the last tier only, each of them reads the nearest of the table's `centroids`.
+    """
+
+    bits: TierBits
 
 
 class TablePlan(Cut):
-    """One table. The first rows by rank stay, up to the cut; the others read shared centroids.
+    """One table. The first rows by rank stay, up to the cut; the others read the nearest of some shared centroids.
 
     `bits` a value (16 and 32 are floats), or `tiers` of their own bits, of which the last one's cut is the table's.
     `clip`: how quantized rows are scaled, by their smallest and largest value or by a search for the least error.
-    `centroids`: how many bands of ranks share one each. `unknown`: with "shared" the ids that are cut leave the id map
-    and read one row together with the ids that training never saw; with "own" those read a row of theirs.
+    `centroids`: how many. `unknown`: with "shared" the ids beyond the last tier leave the id map and read one row
+    together with the ids that training never saw; with "own" those read a row of theirs.
     `rank` stores rows as that many numbers beside a matrix that widens what was looked up; `energy` is the share of the
     rows' squared length that the rank must keep; `columns` stores that many of the columns as they are.
     """
@@ -57,7 +62,7 @@ class TablePlan(Cut):
     bits: Bits = 8
     tiers: tuple[TierPlan, ...] = ()
     clip: Clip = "search"
-    centroids: int = Field(default=1, ge=1, le=64)
+    centroids: int = Field(default=1, ge=1, le=MAX_CENTROIDS)
     unknown: Unknown = "own"
     rank: int | None = Field(default=None, ge=4)
     energy: float | None = Field(default=None, gt=0, lt=1)
@@ -71,8 +76,10 @@ class TablePlan(Cut):
             raise ValueError(f"tiers {[t.bits for t in self.tiers]}: later ones have fewer bits, or as many")
         if sum(x is not None for x in (self.rank, self.energy, self.columns)) > 1:
             raise ValueError("give one of rank, energy and columns")
-        if self.unknown == "shared" and self.centroids > 1:
-            raise ValueError("unknown: shared leaves one row for all that is cut: centroids is 1 then")
+        if any(tier.bits == 0 for tier in self.tiers[:-1]):
+            raise ValueError("bits 0 (rows that read a centroid) is for the last tier")
+        if self.unknown == "shared" and self.centroids > 1 and not (self.tiers and self.tiers[-1].bits == 0):
+            raise ValueError("unknown: shared with centroids needs a last tier of bits 0: the rows that read them")
         return self
 
     @model_serializer(mode="wrap")
@@ -96,7 +103,7 @@ class CompressionPlan(Config):
     """
 
     version: Literal[1] = 1
-    order: Order = "frequency"
+    order: Score = "frequency"
     default: TablePlan = TablePlan()
     tables: dict[str, TablePlan] = Field(default_factory=dict)
     checkpoint: str | None = None

@@ -1,19 +1,23 @@
 """The id map of an artifact on disk: what takes a raw id to a row of the packed tables, and its bytes.
 
 A vocabulary is stored as the leading bits of its ids' hashes. Rows follow each other in segments (the tiers, then the
-bands of ids that were cut); inside a segment they lie in the order of their hashes, so a row number takes no byte and
-the hashes, sorted, take about log2(2**bits / K) + 2 bits each (Elias-Fano). A hash or bucket table stores, for each of
-its rows, the segment it belongs to, in as many bits as that takes; untouched it keeps its order, which costs nothing.
+ids that read each centroid); inside a segment they lie in the order of their hashes, so a row number takes no byte and
+the hashes, sorted, take about log2(2**bits / K) + 2 bits each (Elias-Fano). Ids with rows of their own have bits enough
+to tell all trained ids apart. Ids that read a centroid have fewer: ids whose bits are the same, a class, read the same
+centroid, and one unknown id in LOOSE does too. A hash or bucket table stores, for each of its rows, the segment it
+belongs to, in as many bits as that takes; untouched it keeps its order, which costs nothing.
 
-One Arrow file holds all tables: name, bits of a key or of a segment number, rows of each segment, the packed bits.
+One Arrow file holds all tables: name, bits of a key (or of a segment number), bits of a loose key, rows of each
+segment, the packed bits.
 
 Legend: N training rows, K rows of a segment, S segments.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,8 +27,18 @@ import pyarrow as pa
 from compress.errors import ArtifactError
 from trainer.data.transform import OOV_ROW, RESERVED_ROWS, IdMap, TableInfo, read_arrow, write_arrow
 
-FALSE_KNOWN = 1e-4  # share of unknown ids that a shortened hash may take for a known one, at most
-MIN_KEY_BITS = 16
+SCHEMA = pa.schema(
+    {
+        "table": pa.string(),
+        "bits": pa.int8(),
+        "loose": pa.int8(),
+        "rows": pa.list_(pa.int64()),
+        "packed": pa.large_binary(),
+    }
+)
+FALSE_KNOWN = 1e-4  # share of unknown ids that may be taken for one with a row of its own, at most
+LOOSE = 64  # one unknown id in so many, at most, is taken for one that reads a centroid
+MIN_KEY_BITS = 12
 CHUNK_KEYS = 1 << 18
 
 
@@ -33,14 +47,19 @@ class Layout:
     """Where training rows lie in an artifact.
 
     `order` (N,): training rows by rank, reserved ones first. `cuts`: ranks at which tiers end; the last is the number
-    of rows kept. `bands`: ranks at which each centroid's band of cut rows ends; none where nothing is cut, or where
-    what is cut is forgotten (`shared`) and reads the out-of-vocabulary row.
+    of rows kept. The rows from there to rank `zone` read one of `count` centroids, which `clusters` (N,) names by
+    training row (all the first one where it is empty); those beyond are forgotten and read the out-of-vocabulary row.
     """
 
     order: np.ndarray
     cuts: tuple[int, ...]
-    bands: tuple[int, ...] = ()
-    shared: bool = False
+    zone: int
+    count: int = 0
+    clusters: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.uint8))
+
+    def numbers(self, rows: np.ndarray) -> np.ndarray:
+        """Which centroid training rows read, if they read one."""
+        return self.clusters[rows].astype(np.int64) if len(self.clusters) else np.zeros(len(rows), dtype=np.int64)
 
     @property
     def kept(self) -> int:
@@ -53,12 +72,17 @@ class Layout:
 
         The rows that a sample touches may all be kept and still lie behind centroids.
         """
-        return len(self.cuts) == 1 and self.kept == len(self.order) and not self.bands
+        return len(self.cuts) == 1 and self.kept == len(self.order) and not self.count
 
     def segments(self) -> list[np.ndarray]:
-        """Training rows of each tier, then of each band, reserved rows left out; inside each by rank."""
-        edges = [RESERVED_ROWS, *self.cuts, *self.bands]
-        return [self.order[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        """Training rows of each tier, then of each centroid, reserved rows left out; inside each by rank."""
+        edges = [RESERVED_ROWS, *self.cuts]
+        tiers = [self.order[a:b] for a, b in itertools.pairwise(edges)]
+        zone = self.order[self.kept : self.zone]
+        if not len(self.clusters):
+            return [*tiers, zone] if self.count else tiers
+        number = self.clusters[zone]
+        return [*tiers, *(zone[number == c] for c in range(self.count))]
 
 
 class Stored(Protocol):
@@ -67,7 +91,7 @@ class Stored(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def tiers(self) -> Sequence[Any]: ...
+    def segments(self) -> int: ...
     @property
     def centroids(self) -> int: ...
 
@@ -80,7 +104,7 @@ def target_rows(trained: IdMap, layout: Layout) -> np.ndarray:
     if trained.keys is None and layout.untouched:
         return np.arange(total, dtype=np.int32)
     keys = None if trained.keys is None else trained.keys_by_row()
-    own = RESERVED_ROWS + len(layout.bands)
+    own = RESERVED_ROWS + layout.count
     for index, segment in enumerate(layout.segments()):
         if index < len(layout.cuts):
             inside = np.sort(segment) if keys is None else segment[np.argsort(keys[segment - RESERVED_ROWS])]
@@ -96,27 +120,17 @@ def target_rows(trained: IdMap, layout: Layout) -> np.ndarray:
 
 def key_bits(keys: np.ndarray) -> int:
     """The fewest leading bits of 64-bit hashes (K,) that tell them apart and keep unknown ids unknown."""
-    return int(prefix_key_bits(keys, np.array([len(keys)]))[0])
+    enough = max(MIN_KEY_BITS, int(np.ceil(np.log2(max(len(keys), 1) / FALSE_KNOWN))))
+    ordered = np.sort(np.asarray(keys))
+    if len(ordered) < 2:
+        return enough
+    nearest = int((ordered[1:] ^ ordered[:-1]).min())
+    return min(max(65 - nearest.bit_length(), enough), 64)
 
 
-def prefix_key_bits(keys: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """`key_bits` of the first keys (K,) of a sequence, for each of some rising counts (C,) of them."""
-    enough = np.ceil(np.log2(np.maximum(counts, 1) / FALSE_KNOWN))
-    bits = np.maximum(enough, MIN_KEY_BITS).astype(np.int64)
-    sort = np.argsort(keys, kind="stable")
-    alike = np.asarray(keys)[sort]
-    for width in range(MIN_KEY_BITS, 65):  # keys that share `width` bits with another one, in the order of their bits
-        prefix = alike >> np.uint64(64 - width)
-        same = prefix[1:] == prefix[:-1]
-        if not same.any():
-            break
-        mates = np.append(same, False) | np.insert(same, 0, False)
-        sort, alike, prefix = sort[mates], alike[mates], prefix[mates]
-        order = np.lexsort((sort, prefix))
-        second = np.flatnonzero(prefix[order][1:] == prefix[order][:-1]) + 1
-        clash = int(sort[order][second].min())  # the first key that meets one before it
-        bits = np.where(counts > clash, np.maximum(bits, min(width + 1, 64)), bits)
-    return bits
+def loose_bits(num_embeddings: int) -> int:
+    """Leading bits of the hash of an id that reads a centroid: an unknown id is taken for it once in LOOSE at most."""
+    return max(int(np.ceil(np.log2(num_embeddings * LOOSE))), MIN_KEY_BITS)
 
 
 def low_bits(count: int, bits: int) -> int:
@@ -167,28 +181,30 @@ def unpack_sorted(packed: np.ndarray, count: int, bits: int) -> np.ndarray:
 
 def segment_bits(segments: int) -> int:
     """Bits of a segment number."""
-    return next(bits for bits in (1, 2, 4, 8) if segments <= 1 << bits)
+    return max((segments - 1).bit_length(), 1)
 
 
 def _stored_segments(trained: IdMap, layout: Layout) -> list[np.ndarray]:
     segments = layout.segments()
-    if trained.keys is None and layout.shared:  # a forgotten row still needs a number
-        segments = [*segments, layout.order[layout.kept :]]
+    if trained.keys is None and layout.zone < len(layout.order):  # a forgotten row still needs a number
+        segments = [*segments, layout.order[layout.zone :]]
     return segments
 
 
-def id_map_bytes(num_embeddings: int, layout: Layout, bits: int | None) -> int:
+def id_map_bytes(num_embeddings: int, tiers: Sequence[int], clusters: Sequence[int], bits: int | None) -> int:
     """Bytes of one table's id map as `write_ids` stores it, Arrow's framing not counted.
 
-    `bits` of a stored key; None for a hash or bucket table. Of `layout` only the numbers of rows count.
+    `tiers`, `clusters`: rows of each tier and of each centroid, reserved rows left out; what they lack of all rows is
+    forgotten. `bits` of a stored key; None for a hash or bucket table.
     """
-    edges = [RESERVED_ROWS, *layout.cuts, *layout.bands]
-    sizes = [int(b - a) for a, b in zip(edges[:-1], edges[1:], strict=True)]
     if bits is not None:
-        return sum(packed_bytes(size, bits) for size in sizes)
-    if len(layout.cuts) == 1 and layout.kept == num_embeddings:
+        loose = loose_bits(num_embeddings)
+        return sum(packed_bytes(n, bits) for n in tiers) + sum(packed_bytes(n, loose) for n in clusters)
+    rows = num_embeddings - RESERVED_ROWS
+    if tuple(tiers) == (rows,) and not clusters:
         return 0
-    return -(-(num_embeddings - RESERVED_ROWS) * segment_bits(len(sizes) + layout.shared) // 8)
+    forgotten = sum(tiers) + sum(clusters) < rows
+    return -(-rows * segment_bits(len(tiers) + len(clusters) + forgotten) // 8)
 
 
 # -- the file --------------------------------------------------------------------------------------------------------
@@ -196,54 +212,42 @@ def id_map_bytes(num_embeddings: int, layout: Layout, bits: int | None) -> int:
 
 def write_ids(path: Path, trained: Mapping[str, IdMap], layouts: Mapping[str, Layout]) -> None:
     """Write the id maps of all tables."""
-    columns: dict[str, list] = {"table": [], "bits": [], "rows": [], "packed": []}
-    for name, id_map in trained.items():
-        bits, rows, packed = _packed(id_map, layouts[name])
-        columns["table"].append(name)
-        columns["bits"].append(bits)
-        columns["rows"].append(rows)
-        columns["packed"].append(packed)
-    write_arrow(
-        pa.table(
-            {
-                "table": pa.array(columns["table"]),
-                "bits": pa.array(columns["bits"], pa.int8()),
-                "rows": pa.array(columns["rows"], pa.list_(pa.int64())),
-                "packed": pa.array(columns["packed"], pa.large_binary()),
-            }
-        ),
-        path,
-    )
+    rows = [{"table": name, **_stored(id_map, layouts[name])} for name, id_map in trained.items()]
+    write_arrow(pa.Table.from_pylist(rows, SCHEMA), path)
 
 
-def _packed(trained: IdMap, layout: Layout) -> tuple[int, list[int], bytes]:
-    """Bits of a number, rows of each segment, and the packed numbers of one table."""
+def _stored(trained: IdMap, layout: Layout) -> dict[str, Any]:
+    """What is stored of one table, but its name."""
     segments = _stored_segments(trained, layout)
     rows = [len(s) for s in segments]
     if trained.keys is None:
         if layout.untouched:
-            return 0, rows, b""
+            return {"bits": 0, "loose": 0, "rows": rows, "packed": b""}
         bits = segment_bits(len(segments))
-        numbers = np.zeros(len(layout.order), dtype=np.uint8)
+        numbers = np.zeros(len(layout.order), dtype=np.uint16)
         for index, segment in enumerate(segments):
             numbers[segment] = index
-        return bits, rows, pack_numbers(numbers[RESERVED_ROWS:], bits)
+        return {"bits": bits, "loose": 0, "rows": rows, "packed": pack_numbers(numbers[RESERVED_ROWS:], bits)}
     keys = trained.keys_by_row()
-    parts = [keys[s - RESERVED_ROWS] for s in segments]
-    bits = key_bits(np.concatenate(parts))
-    return bits, rows, b"".join(pack_sorted(np.sort(p) >> np.uint64(64 - bits), bits) for p in parts)
+    bits, loose = key_bits(keys), loose_bits(len(layout.order))
+    packed = [
+        pack_sorted(np.sort(keys[s - RESERVED_ROWS]) >> np.uint64(64 - width), width)
+        for index, s in enumerate(segments)
+        for width in [bits if index < len(layout.cuts) else loose]
+    ]
+    return {"bits": bits, "loose": loose, "rows": rows, "packed": b"".join(packed)}
 
 
 def pack_numbers(numbers: np.ndarray, bits: int) -> bytes:
-    """Numbers (N,) uint8 below 2**bits side by side; bits is 1, 2, 4 or 8."""
-    spread = (numbers[:, None] >> np.arange(bits, dtype=np.uint8)) & np.uint8(1)
+    """Numbers (N,) uint16 below 2**bits side by side."""
+    spread = ((numbers[:, None] >> np.arange(bits, dtype=np.uint16)) & np.uint16(1)).astype(np.uint8)
     return np.packbits(spread, bitorder="little").tobytes()
 
 
 def unpack_numbers(packed: np.ndarray, count: int, bits: int) -> np.ndarray:
-    """The numbers (N,) uint8 that `pack_numbers` packed."""
+    """The numbers (N,) uint16 that `pack_numbers` packed."""
     spread = np.unpackbits(packed, count=count * bits, bitorder="little").reshape(count, bits)
-    return (spread << np.arange(bits, dtype=np.uint8)).sum(1, dtype=np.uint8)
+    return (spread.astype(np.uint16) << np.arange(bits, dtype=np.uint16)).sum(1, dtype=np.uint16)
 
 
 def read_ids(path: Path, tables: Mapping[str, TableInfo], stored: Sequence[Stored]) -> dict[str, IdMap]:
@@ -257,57 +261,98 @@ def read_ids(path: Path, tables: Mapping[str, TableInfo], stored: Sequence[Store
     if sorted(names) != sorted(tables):
         raise ArtifactError(f"{path}: holds the ids of {names[:5]}, the tables are {sorted(tables)[:5]}: restore it")
     maps = {}
-    for index, name in enumerate(names):
-        packed = np.frombuffer(file["packed"][index].as_buffer() or b"", dtype=np.uint8)
-        bits, rows = file["bits"][index].as_py(), file["rows"][index].as_py()
+    for line, packed in zip(file.drop_columns(["packed"]).to_pylist(), file["packed"], strict=True):
+        table = of[line["table"]]
+        size = tables[table.name].num_embeddings - RESERVED_ROWS
+        content = np.frombuffer(packed.as_buffer() or b"", dtype=np.uint8)
+        segments = Segments(line["bits"], line["loose"], line["rows"], table.segments, table.centroids)
         try:
-            maps[name] = _id_map(
-                tables[name].num_embeddings, bits, rows, packed, len(of[name].tiers), of[name].centroids
-            )
+            segments.check(size)
+            maps[table.name] = segments.id_map(size, content)
         except ArtifactError as error:
-            raise ArtifactError(f"{path}: table {name}: {error}: restore the file") from None
+            raise ArtifactError(f"{path}: table {table.name}: {error}: restore the file") from None
     return maps
 
 
-def _id_map(
-    num_embeddings: int, bits: int, rows: Sequence[int], packed: np.ndarray, tiers: int, centroids: int
-) -> IdMap:
-    size = num_embeddings - RESERVED_ROWS
-    reserved = np.arange(OOV_ROW, RESERVED_ROWS)
-    firsts = np.cumsum([RESERVED_ROWS + centroids, *rows[:tiers]])
-    if not bits:
-        return IdMap(size)
-    if len(rows) not in (tiers, tiers + centroids, tiers + 1) or min(rows) < 0 or sum(rows) > size:
-        raise ArtifactError(
-            f"segments of {rows} rows in a table of {num_embeddings}, {tiers} tiers and {centroids} centroids"
-        )
-    if bits <= 8:  # segment numbers
-        if sum(rows) != size:
-            raise ArtifactError(f"segments of {rows} rows in a table of {num_embeddings}")
-        numbers = unpack_numbers(packed, size, bits)
-        found = np.zeros(size, dtype=np.int32)
-        for segment in range(len(rows)):
+@dataclass(frozen=True)
+class Segments:
+    """How the ids of one table are stored: bits, rows of each segment; `tiers` of them are of rows of their own."""
+
+    bits: int
+    loose: int
+    rows: list[int]
+    tiers: int
+    centroids: int
+
+    def check(self, size: int) -> None:
+        """Raises: ArtifactError unless these can be the segments of a table of `size` ids."""
+        known = self.tiers + self.centroids
+        whole = len(self.rows) in (known, known + 1) and min(self.rows) >= 0 and sum(self.rows) <= size
+        if not whole or not 0 <= self.bits <= 64 or not 0 <= self.loose <= 64:
+            raise ArtifactError(f"segments of {self.rows[:5]} rows in {size}")
+
+    def id_map(self, size: int, packed: np.ndarray) -> IdMap:
+        """The id map, ready to look up."""
+        if not self.bits:
+            return IdMap(size)
+        return self._numbered(size, packed) if not self.loose else self._keyed(size, packed)
+
+    def _numbered(self, size: int, packed: np.ndarray) -> IdMap:
+        if sum(self.rows) != size:
+            raise ArtifactError(f"segments of {self.rows[:5]} rows in {size}")
+        numbers = unpack_numbers(packed, size, self.bits)
+        remap = np.arange(size + RESERVED_ROWS, dtype=np.int32)
+        for segment, rows in enumerate(self._targets()):
             own = np.flatnonzero(numbers == segment)
-            if len(own) != rows[segment]:
-                raise ArtifactError(f"a segment of {len(own)} rows is said to have {rows[segment]}")
-            found[own] = _rows_of(segment, len(own), firsts, tiers, centroids)
-        return IdMap(size, remap=np.concatenate([reserved, found]).astype(np.int32))
-    keys, found_rows, at = [], [], 0
-    for segment, count in enumerate(rows):
-        end = at + packed_bytes(count, bits)
-        keys.append(unpack_sorted(packed[at:end], count, bits))
-        found_rows.append(_rows_of(segment, count, firsts, tiers, centroids))
-        at = end
-    if at != len(packed):
-        raise ArtifactError(f"segments of {rows} keys take {at} bytes, there are {len(packed)}")
-    together = np.concatenate(keys)
+            if len(own) != len(rows):
+                raise ArtifactError(f"a segment of {len(own)} rows is said to have {len(rows)}")
+            remap[own + RESERVED_ROWS] = rows
+        return IdMap(size, remap=remap)
+
+    def _keyed(self, size: int, packed: np.ndarray) -> IdMap:
+        keys, at = [], 0
+        for segment, count in enumerate(self.rows):
+            width = self.bits if segment < self.tiers else self.loose
+            end = at + packed_bytes(count, width)
+            keys.append(unpack_sorted(packed[at:end], count, width))
+            at = end
+        if at != len(packed):
+            raise ArtifactError(f"segments of {self.rows[:5]} keys take {at} bytes, there are {len(packed)}")
+        own, own_rows = _sorted(keys[: self.tiers], self._targets()[: self.tiers])
+        far, far_rows = _sorted(keys[self.tiers :], self._targets()[self.tiers :])
+        remap = np.concatenate([np.arange(OOV_ROW, RESERVED_ROWS), own_rows]).astype(np.int32)
+        return LooseIdMap(size, own, 64 - self.bits, remap, far, 64 - self.loose, far_rows.astype(np.int32))
+
+    def _targets(self) -> list[np.ndarray]:
+        """Artifact rows of each segment: its own in a tier, one centroid, the unknown's where it is forgotten."""
+        firsts = np.cumsum([RESERVED_ROWS + self.centroids, *self.rows[: self.tiers]])
+        targets = [np.arange(a, b) for a, b in itertools.pairwise(firsts)]
+        for segment, count in enumerate(self.rows[self.tiers :]):
+            targets.append(np.full(count, RESERVED_ROWS + segment if segment < self.centroids else OOV_ROW))
+        return targets
+
+
+def _sorted(keys: Sequence[np.ndarray], rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    together = np.concatenate([np.zeros(0, dtype=np.uint64), *keys])
     sort = np.argsort(together, kind="stable")
-    remap = np.concatenate([reserved, np.concatenate(found_rows)[sort]]).astype(np.int32)
-    return IdMap(size, together[sort], 64 - bits, remap)
+    return together[sort], np.concatenate([np.zeros(0, dtype=np.int64), *rows])[sort]
 
 
-def _rows_of(segment: int, count: int, firsts: np.ndarray, tiers: int, centroids: int) -> np.ndarray:
-    """Artifact rows of a segment: its own in a tier, one centroid in a band, the unknown's where it is forgotten."""
-    if segment < tiers:
-        return np.arange(firsts[segment], firsts[segment] + count)
-    return np.full(count, RESERVED_ROWS + segment - tiers if centroids else OOV_ROW)
+@dataclass(frozen=True)
+class LooseIdMap(IdMap):
+    """An id map with a second look: ids that are not among the keys may be of a class that reads a centroid."""
+
+    far: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))
+    far_shift: int = 0
+    far_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+
+    def rows(self, keys: np.ndarray) -> np.ndarray:
+        """Rows (N,) int64 of 64-bit keys (N,) uint64; unknown ids give the out-of-vocabulary row."""
+        rows = super().rows(keys)
+        if not len(self.far):
+            return rows
+        left = np.flatnonzero(rows == OOV_ROW)
+        wanted = keys[left] >> np.uint64(self.far_shift)
+        found = np.minimum(np.searchsorted(self.far, wanted), len(self.far) - 1)
+        rows[left] = np.where(self.far[found] == wanted, self.far_rows[found], OOV_ROW)
+        return rows

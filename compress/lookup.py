@@ -50,9 +50,9 @@ class Tier:
 class StoredTable:
     """One table as stored, and the features that read it.
 
-    Its rows are the reserved ones, `centroids` shared ones, then the training rows that were kept, by rank; tiers
-    divide them. `dim` is what a lookup gives; `width` what a row holds: less than `dim` where a decoder (width, dim)
-    widens what was looked up.
+    Its rows are the reserved ones, `centroids` shared ones, then the training rows that were kept, by rank, in as many
+    `segments` as they have numbers of bits; tiers divide all of them. `dim` is what a lookup gives; `width` what a row
+    holds: less than `dim` where a decoder (width, dim) widens what was looked up.
     """
 
     name: str
@@ -61,6 +61,7 @@ class StoredTable:
     tiers: tuple[Tier, ...]
     features: tuple[str, ...]
     centroids: int = 0
+    segments: int = 1
 
     @property
     def rows(self) -> int:
@@ -205,7 +206,7 @@ class Lookup:
             name = self.names[int(self.lookup_of_P[piece[beyond.int().argmax()]])]
             raise RuntimeError(f"{name}: an id is not a row of its table")
 
-    def _widened(self, pooled_BP: Tensor) -> Tensor:  # noqa: N803
+    def _widened(self, pooled_BP: Tensor) -> Tensor:
         """Tiers of a lookup summed, narrow rows widened by their decoder: (B, D)."""
         if not self.split and not self.decoders:
             return pooled_BP

@@ -14,6 +14,7 @@ from torch import nn
 
 from compress.lookup import Lookup, StoredTable, Tier, pieces_of, tier_views
 from compress.methods.codec import quantize_rows
+from compress.onnx_head import head_of
 from trainer.checkpoint import Checkpoint
 from trainer.config import MetricsConfig, RunConfig
 from trainer.data.batch import Batch, to_batch
@@ -23,7 +24,7 @@ from trainer.data.reader import Reader
 from trainer.data.schema import encodings
 from trainer.data.transform import RESERVED_ROWS, IdMap, TableInfo, Transform
 from trainer.errors import DataError
-from trainer.models import build_head, lookups_of, pooling_of
+from trainer.models import lookups_of, pooling_of
 
 SCORE_ROWS = 4096  # rows scored at a time
 
@@ -73,9 +74,7 @@ def build_model(
 ) -> CompressedModel:
     """Put tables and dense weights together. `transform` maps ids to the rows of `tables`."""
     mean = {name for name in transform.sparse if pooling_of(transform, name) == "mean"}
-    head = build_head(run.model, transform)
-    head.load_state_dict(dense)
-    head.eval()
+    head = head_of(run, transform, dense)
     lookup = Lookup(tables, lookups_of(transform, list(transform.sparse)), mean, block, decoders)
     return CompressedModel(transform, lookup, head, version, run.train.metrics)
 

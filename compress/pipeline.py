@@ -15,7 +15,7 @@ from compress.compressor import compress as write_artifact
 from compress.config import CompressionPlan, load_plan
 from compress.errors import PlanError
 from compress.model import model_of_checkpoint, score_split
-from compress.search.budget import parse_budget, plan_for_budget
+from compress.search.budget import CODEBOOKS, parse_budget, plan_for_budget
 from compress.search.objective import compare
 from compress.search.profile import TableProfile, profile_tables
 from compress.search.sensitivity import predict, sensitivities
@@ -86,14 +86,15 @@ def profiles_for(
 ) -> dict[str, TableProfile]:
     """Profiles whose rows are ranked as a plan asks."""
     fisher = sensitivities(checkpoint, dataset, progress) if plan.order == "fisher" else None
-    return profile_tables(checkpoint, dataset, progress, plan.order, fisher)
+    counts = {plan.of(name).centroids for name in dataset.transform.tables}
+    return profile_tables(checkpoint, dataset, progress, plan.order, fisher, sorted(counts))
 
 
 def plan_budget(checkpoint: Checkpoint, dataset: Dataset, budget: str, progress: ReportProgress) -> Planned:
     """The plan of least predicted loss within a budget. Raises: PlanError when the budget is below the floor."""
     size = parse_budget(budget, sum(t.fp32_bytes for t in dataset.transform.tables.values()))
     fisher = sensitivities(checkpoint, dataset, progress)
-    profiles = profile_tables(checkpoint, dataset, progress, "fisher", fisher)
+    profiles = profile_tables(checkpoint, dataset, progress, "fisher", fisher, CODEBOOKS)
     predicted = predict(checkpoint, profiles, fisher, dataset.rows("train"), progress)
     found = plan_for_budget(profiles, predicted, size, checkpoint=checkpoint.version)
     return Planned(found.plan, profiles, found.predicted)

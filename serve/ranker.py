@@ -57,8 +57,8 @@ class Ranker:
             answers.append(self._answer(request, own, entry[1], ms))
         return answers
 
-    def _answer(self, request: RankRequest, logits_KT: np.ndarray, ignored: list[str], ms: float) -> RankResponse:  # noqa: N803
-        scores_KT = sigmoid(logits_KT)  # noqa: N806
+    def _answer(self, request: RankRequest, logits_KT: np.ndarray, ignored: list[str], ms: float) -> RankResponse:
+        scores_KT = sigmoid(logits_KT)
         tasks = self.artifact.model.tasks
         top = np.argsort(-scores_KT[:, 0], kind="stable")[: request.k].tolist()
         items = []

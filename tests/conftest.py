@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["SLIMRANK_CACHE"] = tempfile.mkdtemp(prefix="slimrank-cache-")  # records of tests stay out of the user's
 
 from cluster.session import ALWAYS, QUIET, quiet
 

@@ -42,7 +42,14 @@ FORMAT_VERSION = 2
 MANIFEST = "checkpoint.json"
 READ_ROWS = 1 << 20
 WRITE_BYTES = 16 << 20
-DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+DTYPES = {
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.uint8: "U8",  # a head that was exported elsewhere
+}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
@@ -33,14 +33,14 @@ class Loss:
         self.task_weights = weights / weights.sum()
         self.shift = -torch.log(torch.tensor(negative_rate)).item()
 
-    def __call__(self, logits_BT: Tensor, looked_up_BL: Tensor, batch: Batch, l2_scale_L: Tensor) -> Tensor:  # noqa: N803
+    def __call__(self, logits_BT: Tensor, looked_up_BL: Tensor, batch: Batch, l2_scale_L: Tensor) -> Tensor:
         """The batch's share of the mean loss over the global batch.
 
         The L2 term regularises just the rows a batch touches (FBGEMM's CPU kernels ignore weight decay). Taken as a
         mean over the features, one value serves logs with few fields and with many.
         """
         assert batch.labels is not None, "training needs labels"
-        weights_T = self.task_weights.to(logits_BT.device)  # noqa: N806
+        weights_T = self.task_weights.to(logits_BT.device)
         sampled = logits_BT + self.shift
         loss = (F.binary_cross_entropy_with_logits(sampled, batch.labels, reduction="none") * weights_T).sum()
         if self.distill is not None:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.config import ModelConfig
@@ -41,9 +41,9 @@ class DenseAdamDCN(nn.Module):
             self.tables.append(embedding)
         self.head = with_torch_dropout(build_head(model, transform))
 
-    def forward(self, dense: Tensor, ids_FB: Tensor) -> Tensor:  # noqa: N803
+    def forward(self, dense: Tensor, ids_FB: Tensor) -> Tensor:
         """Logits (B, 1)."""
-        looked_up_BD = torch.cat([t(ids) for t, ids in zip(self.tables, ids_FB, strict=True)], dim=1)  # noqa: N806
+        looked_up_BD = torch.cat([t(ids) for t, ids in zip(self.tables, ids_FB, strict=True)], dim=1)
         return self.head(dense, looked_up_BD)
 
 

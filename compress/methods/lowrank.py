@@ -54,7 +54,7 @@ def energies(second_moment_DD: Tensor, metric_DD: Tensor | None = None) -> Tenso
 
 
 def rank_for_energy(energies_D: Tensor, energy: float) -> int:
-    """The least rank, at least 1, whose columns hold a share of the energy. Raises: PlanError unless 0 < energy <= 1."""
+    """The least rank, at least 1, whose columns hold a share of the energy. Raises: PlanError unless in (0, 1]."""
     if not 0 < energy <= 1:
         raise PlanError(f"energy {energy}: a share above 0 and at most 1, .99 for example")
     kept_D = energies_D.clamp_min(0).double().cumsum(0)

@@ -1,21 +1,68 @@
-"""Pruning as a prefix cut: the most frequent rows stay, the others read one shared centroid.
+"""Pruning of tables: by row as a prefix cut, the others reading shared centroids, and by column.
 
-A table's ranks are its training rows in the order of an artifact: the two reserved rows, then by falling count. Cuts
+A table's ranks are its training rows in the order of an artifact: the two reserved rows, then by falling score. Cuts
 fall on bucket edges, so the centroid of any cut is a ratio of sums taken once (see compress/search/profile.py).
 
-Legend: N rows, D embedding dim, E bucket edges.
+Legend: N rows, D embedding dim, E bucket edges (E - 1 buckets), C centroids, r columns kept.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Literal, get_args
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.errors import PlanError
 from trainer.data.transform import RESERVED_ROWS
 
 EDGES = 96
 
+Score = Literal["frequency", "norm", "frequency_norm", "fisher"]
 
-def frequency_order(counts_N: np.ndarray) -> np.ndarray:  # noqa: N803
+
+def row_scores(
+    score: Score,
+    weight_ND: np.ndarray,
+    counts_N: np.ndarray,
+    centroid_D: np.ndarray | None = None,
+    fisher: np.ndarray | float | None = None,
+) -> np.ndarray:
+    """What pruning each row of a chunk would cost: scores (N,) float32, higher for rows to keep.
+
+    "frequency": n. "norm": |w|. "frequency_norm": n |w|. "fisher": n (w - c)'F(w - c), twice the loss predicted for
+    reading the centroid c (D,) instead, where fisher is F (D, D), its diagonal (D,) or one number for all columns.
+    Raises: PlanError for an unknown score, and for "fisher" without a centroid and F.
+    """
+    counts = counts_N.astype(np.float32)
+    if score == "frequency":
+        return counts
+    if score in ("norm", "frequency_norm"):
+        norm_N = np.linalg.norm(weight_ND.astype(np.float32), axis=1)
+        return norm_N if score == "norm" else counts * norm_N
+    if score != "fisher":
+        raise PlanError(f"score {score!r}: rows are ranked by {', '.join(get_args(Score))}")
+    if centroid_D is None or fisher is None:
+        raise PlanError("score fisher: needs the centroid and the Fisher matrix of the table: profile it with labels")
+    off_ND = (weight_ND - centroid_D).astype(np.float32)
+    fisher = np.asarray(fisher, dtype=np.float32)
+    sensitive_ND = off_ND @ fisher if fisher.ndim == 2 else off_ND * fisher
+    return counts * np.einsum("nd,nd->n", sensitive_ND, off_ND)
+
+
+def order_by_score(scores_N: np.ndarray, counts_N: np.ndarray) -> np.ndarray:
+    """Training rows (N,) int64 in the order of an artifact: reserved rows first, then by falling score.
+
+    Ties fall to the higher count, then to the lower row. Raises: PlanError for a score that is NaN.
+    """
+    if np.isnan(scores_N).any():
+        raise PlanError(f"score of row {int(np.isnan(scores_N).argmax())} is NaN: profile the table again")
+    ranked = np.lexsort((-counts_N[RESERVED_ROWS:], -scores_N[RESERVED_ROWS:])) + RESERVED_ROWS
+    return np.concatenate([np.arange(RESERVED_ROWS), ranked])
+
+
+def frequency_order(counts_N: np.ndarray) -> np.ndarray:
     """Training rows (N,) int64 in the order of an artifact: reserved rows first, then by falling count."""
     by_count = np.argsort(-counts_N[RESERVED_ROWS:], kind="stable") + RESERVED_ROWS
     return np.concatenate([np.arange(RESERVED_ROWS), by_count])
@@ -28,12 +75,12 @@ def bucket_edges(rows: int) -> np.ndarray:
     return np.unique(np.round(np.concatenate([even, geometric, [rows]])).astype(np.int64))
 
 
-def cut_for_share(edges_E: np.ndarray, share: float, rows: int) -> int:  # noqa: N803
+def cut_for_share(edges_E: np.ndarray, share: float, rows: int) -> int:
     """The first edge that keeps at least a share of the rows."""
     return int(edges_E[np.searchsorted(edges_E, min(np.ceil(share * rows), rows))])
 
 
-def cut_for_coverage(edges_E: np.ndarray, lookups_E: np.ndarray, coverage: float) -> int:  # noqa: N803
+def cut_for_coverage(edges_E: np.ndarray, lookups_E: np.ndarray, coverage: float) -> int:
     """The first edge that keeps at least a share of the lookups; lookups_E counts those before each edge."""
     total = lookups_E[-1]
     if total == 0:
@@ -46,13 +93,31 @@ def settle_cut(cut: int, rows: int) -> int:
     return rows if cut + 1 >= rows else cut
 
 
-def order_by(scores_N, counts_N):
-    """tmp"""
-    keys = np.lexsort((np.arange(len(scores_N)), -counts_N, -scores_N))
-    return np.concatenate([np.arange(RESERVED_ROWS), keys[keys >= RESERVED_ROWS]])
+# -- columns ---------------------------------------------------------------------------------------------------------
 
 
-def keep_columns(moment, count):
-    kept = np.sort(np.argsort(-np.diag(moment))[:count])
-    V = np.linalg.lstsq(moment[np.ix_(kept, kept)], moment[kept], rcond=None)[0]
-    return kept, V
+def keep_columns(second_moment_DD: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The columns (r,) int64 to keep, rising, and the matrix (r, D) fp32 that rebuilds all columns from these.
+
+    second_moment_DD: the sum of n w w' over rows. Each step keeps the column that explains most energy of all others
+    by least squares (forward selection), so kept columns are rebuilt exactly and the others as well as these allow.
+    Raises: PlanError for a count outside 1 to D.
+    """
+    moment_DD = second_moment_DD.double()
+    dim = len(moment_DD)
+    if not 1 <= count <= dim:
+        raise PlanError(f"{count} columns: give a number from 1 to {dim}")
+    left_DD = moment_DD.clone()
+    tiny = 1e-12 * float(moment_DD.diagonal().max())
+    free_D = torch.ones(dim, dtype=torch.bool)
+    for _ in range(count):
+        own_D = left_DD.diagonal()
+        gain_D = torch.where(own_D > tiny, left_DD.square().sum(0) / own_D.clamp_min(1e-300), 0.0)
+        best = int(torch.where(free_D, gain_D, -1.0).argmax())
+        free_D[best] = False
+        if float(own_D[best]) > tiny:
+            left_DD = left_DD - torch.outer(left_DD[:, best], left_DD[best]) / own_D[best]
+    kept_r = torch.nonzero(~free_D).flatten()
+    rebuild_rD = torch.linalg.pinv(moment_DD[kept_r][:, kept_r], hermitian=True, rtol=1e-12) @ moment_DD[kept_r]
+    rebuild_rD[:, kept_r] = torch.eye(count, dtype=torch.float64)
+    return kept_r, rebuild_rD.float()

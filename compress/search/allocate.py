@@ -31,9 +31,9 @@ class Options:
     """
 
     name: str
-    bytes_EB: np.ndarray  # noqa: N815
-    loss_EB: np.ndarray  # noqa: N815
-    fixed_B: np.ndarray | None = None  # noqa: N815
+    bytes_EB: np.ndarray
+    loss_EB: np.ndarray
+    fixed_B: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -274,6 +274,6 @@ def _check(table: Options) -> None:
 def relaxed(tables: Sequence[Options], multiplier: float) -> Allocation:
     """The options of least predicted loss plus `multiplier` times the bytes, whatever these sum to."""
     grid = _Grid(tables)
-    choice_TE = grid.lagrange(multiplier)  # noqa: N806
+    choice_TE = grid.lagrange(multiplier)
     choices = [choice_TE[index, : len(table.bytes_EB)] for index, table in enumerate(tables)]
     return Allocation(choices, grid.table_bytes(choice_TE), grid.table_loss(choice_TE), multiplier)

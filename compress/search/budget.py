@@ -14,18 +14,19 @@ from typing import cast
 
 import numpy as np
 
-from compress.compressor import resolve, table_bytes
-from compress.config import Bits, Clip, CompressionPlan, TablePlan, TierPlan, Unknown
+from compress.compressor import SHARED_BITS, resolve, table_bytes
+from compress.config import Bits, Clip, CompressionPlan, TablePlan, TierBits, TierPlan, Unknown
 from compress.errors import PlanError
-from compress.ids import Layout, id_map_bytes
+from compress.ids import id_map_bytes, loose_bits, packed_bytes
 from compress.lookup import TABLE_ALIGNMENT
 from compress.methods.codec import row_bytes
-from compress.search.allocate import Allocation, Options, allocate, floor_bytes, knapsack, relaxed
+from compress.search.allocate import Options, allocate, floor_bytes, knapsack, relaxed
 from compress.search.profile import TableProfile
 from compress.search.sensitivity import Predicted
 from trainer.data.transform import RESERVED_ROWS
 
-FLOOR_BITS = 8  # of the reserved rows where no other row is kept
+PRICE_ROUNDS = 3
+CODEBOOKS = (4, 16, 64, 256)
 ROUNDS = 8  # of fitting the exact bytes, alignment and all, into the budget
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
@@ -80,24 +81,46 @@ def plan_for_budget(
 def _tiered(
     profiles: Mapping[str, TableProfile], predicted: Mapping[str, Predicted], budget: int
 ) -> dict[str, tuple[TablePlan, float]]:
-    """Tiers by rank. Each table forgets the ids it cuts where that costs less at the price that the budget sets."""
+    """Tiers by rank. Each table has the ways of cutting that cost least at the price that the budget sets."""
     base = sum(_base_bytes(p) for p in profiles.values())
-    shared = [bucket_options(p, predicted[n], forget=True) for n, p in profiles.items()]
-    own = [bucket_options(p, predicted[n], forget=False) for n, p in profiles.items()]
-    price = allocate(shared, _above_floor(shared, budget - base, base)).multiplier
-    cost = [_costs(relaxed(options, price), price) for options in (own, shared)]
-    forget = cost[1] <= cost[0]
-    mixed = [s if f else o for s, o, f in zip(shared, own, forget, strict=True)]
-    try:
-        found = allocate(mixed, budget - base)
-    except PlanError:  # remembering what is cut may not fit
-        mixed, forget = shared, np.ones(len(shared), dtype=bool)
-        found = allocate(mixed, budget - base)
+    ways = {name: ways_of(profile) for name, profile in profiles.items()}
+    options = {n: [bucket_options(profiles[n], predicted[n], way) for way in ways[n]] for n in profiles}
+    chosen = dict.fromkeys(profiles, 0)  # forgetting what is cut: the smallest there is
+    found = allocate(_picked(options, chosen), _above_floor(_picked(options, chosen), budget - base, base))
+    for _ in range(PRICE_ROUNDS):
+        again = {}
+        for name, several in options.items():
+            costs = relaxed(several, found.multiplier)
+            again[name] = int(np.argmin(costs.loss + found.multiplier * costs.bytes))
+        try:
+            better = allocate(_picked(options, again), budget - base)
+        except PlanError:  # what these ways need at the least does not fit
+            break
+        if better.loss.sum() >= found.loss.sum():
+            break
+        chosen, found = again, better
     plans = {}
     for index, (name, profile) in enumerate(profiles.items()):
-        choice, loss = found.choices[index], float(found.loss[index])
-        plans[name] = tiers_of(profile, predicted[name], choice, forget=bool(forget[index])), loss
+        way = ways[name][chosen[name]]
+        plans[name] = tiers_of(profile, predicted[name], found.choices[index], way), float(found.loss[index])
     return plans
+
+
+def _picked(options: Mapping[str, list[Options]], chosen: Mapping[str, int]) -> list[Options]:
+    return [several[chosen[name]] for name, several in options.items()]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a table cuts rows: whether the last are forgotten, and how many centroids others read (1: their mean)."""
+
+    forget: bool
+    centroids: int
+
+
+def ways_of(profile: TableProfile) -> list[Way]:
+    """The ways a table may cut rows; the first takes the fewest bytes."""
+    return [Way(forget, count) for forget in (True, False) for count in (1, *profile.codebooks)]
 
 
 def _above_floor(options: list[Options], budget: int, base: int) -> int:
@@ -113,56 +136,64 @@ def _above_floor(options: list[Options], budget: int, base: int) -> int:
     return budget
 
 
-def _costs(found: Allocation, price: float) -> np.ndarray:
-    return found.loss + price * found.bytes
-
-
-def bucket_options(profile: TableProfile, predicted: Predicted, *, forget: bool) -> Options:
-    """What each bucket of a table may become: cut (option 0), or coded at each of the predicted bits."""
+def bucket_options(profile: TableProfile, predicted: Predicted, way: Way) -> Options:
+    """What each bucket of a table may become: cut (option 0), reading a centroid (1), coded at the predicted bits."""
     edges, dim = profile.edges, profile.info.embedding_dim
-    sizes = np.diff(edges)
-    bytes_EB = np.stack([np.zeros(len(sizes)), *(sizes * row_bytes(dim, b) for b in predicted.bits)], axis=1)  # noqa: N806
-    cut = predicted.shared if forget else predicted.cut
-    loss_EB = np.column_stack([cut[:-1] - cut[1:], predicted.loss])  # noqa: N806
-    fixed = np.array([0.0, *(float(TABLE_ALIGNMENT) for _ in predicted.bits)])
-    bytes_EB[0] += _id_bytes(profile, int(edges[0]), forget=forget)  # whatever is cut
-    if forget:  # a key costs its bytes where its row is kept
-        ids = np.diff([_id_bytes(profile, int(edge), forget=True) for edge in edges])
-        bytes_EB[:, 1:] += np.maximum(ids, 0)[:, None]
-    return Options(profile.info.name, bytes_EB.astype(np.int64), loss_EB, fixed.astype(np.int64))
-
-
-def _id_bytes(profile: TableProfile, cut: int, *, forget: bool) -> int:
-    rows = profile.info.num_embeddings
-    layout = Layout(
-        np.zeros(0, dtype=np.int64), (cut,), () if forget or cut == rows else (rows,), forget and cut < rows
-    )
+    sizes = np.diff(edges).astype(np.float64)
+    bits = predicted.bits
+    bytes_EB = np.stack([0 * sizes, 0 * sizes, *(sizes * row_bytes(dim, b) for b in bits)], axis=1)
+    cut = predicted.shared if way.forget else predicted.cut
+    near = predicted.nearest.get(way.centroids, np.full(len(sizes), np.inf))
+    dropped = cut[:-1] - cut[1:] if way.forget or way.centroids == 1 else np.full(len(sizes), np.inf)
+    loss_EB = np.column_stack([dropped, near, predicted.loss])
+    fixed = np.array([0.0, way.centroids * row_bytes(dim, SHARED_BITS), *[float(TABLE_ALIGNMENT)] * len(bits)])
+    number_bits = np.log2(way.centroids)
+    if profile.key_bits is None:  # each row has the number of what it reads
+        fixed[1] += sizes.sum() * number_bits / 8
+    else:
+        bytes_EB[:, 1] += sizes * number_bits / 8
     if profile.key_bits is None:
-        return id_map_bytes(rows, layout, None)
-    place = np.searchsorted(profile.edges, cut) if forget else -1
-    return id_map_bytes(rows, layout, int(profile.key_bits[place]))
+        bytes_EB[0] += _id_bytes(profile, int(edges[0]), way.forget)  # whatever is cut
+    else:
+        own, loose = (
+            np.maximum(np.diff([packed_bytes(int(e) - RESERVED_ROWS, width) for e in edges]), 0)
+            for width in (profile.key_bits, loose_bits(int(edges[-1])))
+        )
+        bytes_EB[:, 0] += 0 if way.forget else loose
+        bytes_EB[:, 1] += loose
+        bytes_EB[:, 2:] += own[:, None]
+    return Options(profile.info.name, np.ceil(bytes_EB).astype(np.int64), loss_EB, np.ceil(fixed).astype(np.int64))
+
+
+def _id_bytes(profile: TableProfile, kept: int, forget: bool) -> int:
+    """Bytes of the id map with rows of their own before rank `kept`, the others forgotten or known."""
+    rows = profile.info.num_embeddings
+    return id_map_bytes(rows, [kept - RESERVED_ROWS], [] if forget else [rows - kept], profile.key_bits)
 
 
 def _base_bytes(profile: TableProfile) -> int:
     """What a table takes whatever is cut: reserved rows and a centroid, padded."""
     dim = profile.info.embedding_dim
-    size = (RESERVED_ROWS + 1) * row_bytes(dim, FLOOR_BITS)
+    size = (RESERVED_ROWS + 1) * row_bytes(dim, SHARED_BITS)
     return -(-size // TABLE_ALIGNMENT) * TABLE_ALIGNMENT
 
 
-def tiers_of(profile: TableProfile, predicted: Predicted, choice: np.ndarray, *, forget: bool) -> TablePlan:
-    """The plan of a table whose buckets were given these options (E - 1,), 0 for cut."""
-    unknown: Unknown = "shared" if forget else "own"
-    tiers, at = [], 0
+def tiers_of(profile: TableProfile, predicted: Predicted, choice: np.ndarray, way: Way) -> TablePlan:
+    """The plan of a table whose buckets were given these options (E - 1,)."""
+    unknown: Unknown = "shared" if way.forget else "own"
+    tiers: list[TierPlan] = []
+    at = 0
     for option, run in itertools.groupby(choice.tolist()):
         at += len(list(run))
         if option:
-            tiers.append(TierPlan(bits=bits_of(predicted, option - 1), rows=int(profile.edges[at])))
-    if not tiers:
-        return TablePlan(tiers=(TierPlan(bits=FLOOR_BITS, rows=RESERVED_ROWS),), unknown=unknown)
-    if tiers[-1].rows == profile.info.num_embeddings and len(tiers) == 1:
-        return TablePlan(bits=tiers[0].bits)
-    return TablePlan(tiers=tuple(tiers), unknown=unknown)
+            width = 0 if option == 1 else bits_of(predicted, option - 2)
+            tiers.append(TierPlan(bits=cast(TierBits, width), rows=int(profile.edges[at])))
+    centroids = way.centroids if tiers and tiers[-1].bits == 0 else 1
+    if len(tiers) == 1 and tiers[0].rows == profile.info.num_embeddings and tiers[0].bits:
+        return TablePlan(bits=cast(Bits, tiers[0].bits))
+    if not tiers or tiers[0].bits == 0:
+        tiers.insert(0, TierPlan(bits=SHARED_BITS, rows=RESERVED_ROWS))
+    return TablePlan(tiers=tuple(tiers), unknown=unknown, centroids=centroids)
 
 
 def bits_of(predicted: Predicted, option: int) -> Bits:
@@ -177,7 +208,7 @@ def _uniform(
     options = []
     for name, profile in profiles.items():
         rows, dim = profile.info.num_embeddings, profile.info.embedding_dim
-        ids = _id_bytes(profile, rows, forget=False)
+        ids = _id_bytes(profile, rows, forget=True)
         sizes = [-(-rows * row_bytes(dim, b) // TABLE_ALIGNMENT) * TABLE_ALIGNMENT + ids for b in predicted[name].bits]
         options.append(Options(name, np.array([sizes], dtype=np.int64), predicted[name].loss.sum(0)[None]))
     found = knapsack(options, _above_floor(options, budget, 0))

@@ -29,7 +29,7 @@ class Quality:
     delta_auc: float
 
 
-def bootstrap_ratio_upper(changed_N: np.ndarray, base_N: np.ndarray, seed: int = 0) -> float:  # noqa: N803
+def bootstrap_ratio_upper(changed_N: np.ndarray, base_N: np.ndarray, seed: int = 0) -> float:
     """The upper 95% bound (one-sided) of mean(changed) / mean(base) - 1 over paired Poisson resamples of rows."""
     rng = np.random.default_rng(seed)
     sums = np.zeros((2, RESAMPLES))

@@ -9,35 +9,50 @@ Legend: N rows, D embedding dim, E bucket edges (E - 1 buckets), S sampled rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from compress.config import Cut, Order
-from compress.ids import prefix_key_bits
-from compress.methods.prune import bucket_edges, cut_for_coverage, cut_for_share, order_by, settle_cut
+from compress.config import Cut
+from compress.ids import key_bits, loose_bits
+from compress.methods import prune
+from compress.methods.codebook import fit_codebook, metric_root, nearest
+from compress.methods.prune import Score, bucket_edges, cut_for_coverage, cut_for_share, order_by_score, settle_cut
 from trainer.checkpoint import Checkpoint
 from trainer.data.dataset import Dataset
 from trainer.data.transform import RESERVED_ROWS, IdMap, TableInfo
 from trainer.errors import CheckpointError
 from trainer.progress import ReportProgress
 
+CODEBOOK_ROWS = 16_384  # of a table that its centroids are fitted to
+ROWS_PER_CENTROID = 4  # a table has a codebook where it has so many rows for each
+HEAD_SHARE = 0.02  # of the ranks, which have rows of their own: codebooks are for the others
 UNSEEN_WEIGHT = 1e-6  # of a row without lookups in a centroid, so that a bucket of such rows has a mean
 
 
 @dataclass(frozen=True)
+class Codebook:
+    """Centroids (C, D) float32 of a table; the nearest one's number (N,) uint8 of each training row (empty in what
+    trials get); how many rows of each bucket read each (E - 1, C)."""
+
+    centroids: np.ndarray
+    numbers: np.ndarray
+    sizes: np.ndarray
+
+
+@dataclass(frozen=True)
 class TableProfile:
-    """Order, bucket edges and bucket sums of one table.
+    """Score, bucket edges and bucket sums of one table.
 
     order (N,), counts (N,) int64: training rows by rank; lookups of each row (both empty in what trials get). edges
     (E,), lookups (E,): ranks, and lookups before each. sums (E - 1, D) float64 and weights (E - 1,): weighted rows of
     each bucket. moment (D, D) float64: sum of n w w' over rows w looked up n times. oov (D,): the out-of-vocabulary
     row; unknown: how many lookups in as many rows as the training split's would meet it, by the validation split.
-    key_bits (E,): bits of a stored key if the rows before each edge have one; None for a hash or bucket table. fisher
-    (D, D): what the loss minds, where it is known.
+    key_bits: of a stored key; None for a hash or bucket table. fisher (D, D): what the loss minds, where it is known.
+    codebooks: by their number of centroids.
     """
 
     info: TableInfo
@@ -50,13 +65,15 @@ class TableProfile:
     moment: np.ndarray
     oov: np.ndarray
     unknown: float
-    key_bits: np.ndarray | None
+    key_bits: int | None
     fisher: np.ndarray | None = None
+    codebooks: dict[int, Codebook] = field(default_factory=dict)
 
     def slim(self) -> TableProfile:
         """The same without what grows with the table: all that a trial needs."""
         none = np.zeros(0, dtype=np.int64)
-        return replace(self, order=none, counts=none)
+        books = {count: replace(book, numbers=none) for count, book in self.codebooks.items()}
+        return replace(self, order=none, counts=none, codebooks=books)
 
     def ranks(self) -> np.ndarray:
         """Rank (N,) int64 of each training row."""
@@ -88,21 +105,18 @@ class TableProfile:
         total = self.sums[first:].sum(0) + self.oov.astype(np.float64) * self.unknown
         return (total / (known + self.unknown)).astype(np.float32) if known + self.unknown > 0 else self.oov
 
-    def bands(self, cut: int, count: int) -> tuple[int, ...]:
-        """Edges at which `count` bands of the ranks from `cut` on end, of about equal lookups each."""
-        first = int(np.searchsorted(self.edges, cut))
-        through = np.cumsum(self.weights[first:])
-        wanted = through[-1] * np.arange(1, count) / count
-        ends = self.edges[first + 1 + np.searchsorted(through, wanted)]
-        return tuple(int(e) for e in np.unique([*ends, self.edges[-1]]))
+    def codebook(self, count: int) -> Codebook | None:
+        """The largest codebook of `count` centroids at most; None where one centroid is all there is."""
+        return max((b for c, b in self.codebooks.items() if c <= count), key=lambda b: len(b.centroids), default=None)
 
 
 def profile_tables(
     checkpoint: Checkpoint,
     dataset: Dataset,
     progress: ReportProgress,
-    order: Order = "frequency",
+    order: Score = "frequency",
     fisher: Mapping[str, np.ndarray] | None = None,
+    codebooks: Iterable[int] = (),
 ) -> dict[str, TableProfile]:
     """Profile every table of a checkpoint, a chunk of rows at a time.
 
@@ -119,6 +133,7 @@ def profile_tables(
             unknown_lookups(dataset, table),
             order,
             None if fisher is None else fisher[table.name],
+            codebooks,
         )
         progress("profile", index + 1, len(tables))
     return profiles
@@ -133,15 +148,19 @@ def unknown_lookups(dataset: Dataset, table: TableInfo) -> float:
 def profile_table(
     checkpoint: Checkpoint,
     table: TableInfo,
-    counts_N: np.ndarray,  # noqa: N803
+    counts_N: np.ndarray,
     id_map: IdMap,
     unknown: float,
-    order: Order = "frequency",
-    fisher_DD: np.ndarray | None = None,  # noqa: N803
+    order: Score = "frequency",
+    fisher_DD: np.ndarray | None = None,
+    codebooks: Iterable[int] = (),
 ) -> TableProfile:
-    """Profile one table. Raises: CheckpointError when it holds NaN or infinity."""
+    """Profile one table, with codebooks of so many centroids where it has rows enough.
+
+    Raises: CheckpointError when it holds NaN or infinity.
+    """
     scores = row_scores(checkpoint, table, counts_N, order, fisher_DD)
-    ranked = order_by(scores, counts_N)
+    ranked = order_by_score(scores, counts_N)
     edges = bucket_edges(table.num_embeddings)
     before = np.concatenate([[0], np.cumsum(counts_N[ranked])])
     bucket_of_row = np.empty(len(ranked), dtype=np.int64)
@@ -159,8 +178,9 @@ def profile_table(
         moment.add_(weighted.T @ rows.double())
 
     each_chunk(checkpoint, table, add)
-    keys = None if id_map.keys is None else id_map.keys_by_row()[ranked[RESERVED_ROWS:] - RESERVED_ROWS]
-    bits = None if keys is None else prefix_key_bits(keys, edges - RESERVED_ROWS)
+    keys = None if id_map.keys is None else id_map.keys_by_row()
+    bits = None if keys is None else key_bits(keys)
+    books = make_codebooks(checkpoint, table, ranked, edges, counts_N, keys, fisher_DD, codebooks)
     # bucket 0 of the searchsorted holds the reserved rows, which no centroid counts
     return TableProfile(
         table,
@@ -175,6 +195,7 @@ def profile_table(
         unknown,
         bits,
         fisher_DD,
+        books,
     )
 
 
@@ -191,9 +212,9 @@ def each_chunk(checkpoint: Checkpoint, table: TableInfo, look: Callable[[slice, 
 def row_scores(
     checkpoint: Checkpoint,
     table: TableInfo,
-    counts_N: np.ndarray,  # noqa: N803
-    order: Order,
-    fisher_DD: np.ndarray | None,  # noqa: N803
+    counts_N: np.ndarray,
+    order: Score,
+    fisher_DD: np.ndarray | None,
 ) -> np.ndarray:
     """What each row (N,) float32 is ranked by, the highest first. The reserved rows' scores count for nothing.
 
@@ -203,24 +224,17 @@ def row_scores(
     if order == "frequency":
         return counts_N.astype(np.float32)
     scores = np.zeros(len(counts_N), dtype=np.float32)
-    root = torch.eye(table.embedding_dim, dtype=torch.float64)
-    centre = torch.zeros(table.embedding_dim, dtype=torch.float64)
-    if order == "fisher":
-        assert fisher_DD is not None, "order fisher needs the table's sensitivity"
-        values, vectors = torch.linalg.eigh(torch.from_numpy(np.asarray(fisher_DD, dtype=np.float64)))
-        root = vectors * values.clamp(min=0).sqrt()
-        centre = mean_row(checkpoint, table, counts_N)
+    centre = mean_row(checkpoint, table, counts_N).numpy() if order == "fisher" else None
 
     def score(chunk: slice, rows: Tensor) -> None:
-        lengths = ((rows.double() - centre) @ root).square().sum(1).numpy()
-        n = 1.0 if order == "norm" else np.maximum(counts_N[chunk], UNSEEN_WEIGHT)
-        scores[chunk] = np.sqrt(lengths) * n if order == "frequency_norm" else lengths * n
+        n = np.maximum(counts_N[chunk], UNSEEN_WEIGHT)
+        scores[chunk] = prune.row_scores(order, rows.numpy(), n, centre, fisher_DD)
 
     each_chunk(checkpoint, table, score)
     return scores
 
 
-def mean_row(checkpoint: Checkpoint, table: TableInfo, counts_N: np.ndarray) -> Tensor:  # noqa: N803
+def mean_row(checkpoint: Checkpoint, table: TableInfo, counts_N: np.ndarray) -> Tensor:
     """The mean row (D,) float64 of a table, weighted by lookups, reserved rows left out."""
     total, weight = torch.zeros(table.embedding_dim, dtype=torch.float64), 0.0
     counts = np.maximum(counts_N, UNSEEN_WEIGHT).astype(np.float64)
@@ -233,3 +247,69 @@ def mean_row(checkpoint: Checkpoint, table: TableInfo, counts_N: np.ndarray) -> 
 
     each_chunk(checkpoint, table, add)
     return total / max(weight, UNSEEN_WEIGHT)
+
+
+def make_codebooks(
+    checkpoint: Checkpoint,
+    table: TableInfo,
+    order: np.ndarray,
+    edges: np.ndarray,
+    counts_N: np.ndarray,
+    keys: np.ndarray | None,
+    fisher_DD: np.ndarray | None,
+    wanted: Iterable[int],
+) -> dict[int, Codebook]:
+    """Codebooks of one table, by the number of centroids, and what each row reads.
+
+    Rows whose ids have the same loose key read the centroid nearest to their mean.
+    """
+    rows = table.num_embeddings
+    wanted = [count for count in wanted if count > 1 and count * ROWS_PER_CENTROID <= rows - RESERVED_ROWS]
+    if not wanted:
+        return {}
+    root = metric_root(fisher_DD, table.embedding_dim)
+    tail = order[max(RESERVED_ROWS, int(HEAD_SHARE * rows)) :]
+    if len(tail) > CODEBOOK_ROWS:
+        tail = np.random.default_rng(0).choice(tail, CODEBOOK_ROWS, replace=False)
+    tail = np.sort(tail)
+    sample = checkpoint.table_rows(table.name, tail)
+    weight = torch.from_numpy(np.maximum(counts_N[tail], UNSEEN_WEIGHT).astype(np.float64))
+    fitted = {count: fit_codebook(sample, weight, count, root) for count in wanted}
+    numbers = {count: np.zeros(rows, dtype=np.uint8) for count in wanted}
+
+    def assign(chunk: slice, values: Tensor) -> None:
+        for count, centroids in fitted.items():
+            numbers[count][chunk] = nearest(values, centroids, root)
+
+    each_chunk(checkpoint, table, assign)
+    if keys is not None:
+        together, mates = same_class(keys, loose_bits(rows))
+        means = class_means(checkpoint.table_rows(table.name, together), mates, counts_N[together])
+        for count, centroids in fitted.items():
+            numbers[count][together] = nearest(means, centroids, root)[mates]
+    bucket = np.searchsorted(edges, np.arange(RESERVED_ROWS, rows), side="right") - 1
+    books = {}
+    for count, centroids in fitted.items():
+        sizes = np.zeros((len(edges) - 1, count), dtype=np.int64)
+        np.add.at(sizes, (bucket, numbers[count][order[RESERVED_ROWS:]]), 1)
+        books[count] = Codebook(centroids.numpy(), numbers[count], sizes)
+    return books
+
+
+def same_class(keys: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Training rows (M,) whose ids share their first `bits` bits with another one's, rising, and their classes (M,)."""
+    classes = keys >> np.uint64(64 - bits)
+    order = np.argsort(classes, kind="stable")
+    alike = classes[order][1:] == classes[order][:-1]
+    together = np.sort(order[np.append(alike, False) | np.insert(alike, 0, False)])
+    return together + RESERVED_ROWS, np.unique(classes[together], return_inverse=True)[1]
+
+
+def class_means(rows_MD: Tensor, class_M: np.ndarray, counts_M: np.ndarray) -> Tensor:
+    """The mean row of each class, weighted by lookups."""
+    classes = int(class_M.max()) + 1 if len(class_M) else 0
+    weight = torch.from_numpy(np.maximum(counts_M, UNSEEN_WEIGHT).astype(np.float64))
+    index = torch.from_numpy(class_M)
+    sums = torch.zeros((classes, rows_MD.shape[1]), dtype=torch.float64)
+    sums.index_add_(0, index, rows_MD.double() * weight[:, None])
+    return (sums / torch.zeros(classes, dtype=torch.float64).index_add_(0, index, weight)[:, None]).float()

@@ -10,6 +10,7 @@ Legend: N rows of a table, D embedding dim, E bucket edges (E - 1 buckets), B op
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from compress.config import Clip
 from compress.errors import PlanError
 from compress.methods.codec import dequantize_rows, quantize_rows, row_bytes
 from compress.model import SCORE_ROWS
-from compress.search.profile import TableProfile
+from compress.search.profile import UNSEEN_WEIGHT, TableProfile
 from compress.search.working_set import extract, trial_model
 from trainer.checkpoint import Checkpoint
 from trainer.data.batch import to_batch
@@ -67,12 +68,14 @@ def sensitivities(
 class Predicted:
     """What each bucket of a table's rows would cost, in nats of mean log loss over the training rows.
 
-    loss (E - 1, B): coded at each of `bits`. cut (E,): all rows from an edge on read their mean row; shared (E,): they
-    and unknown ids read one row. Rank edges are the profile's.
+    loss (E - 1, B): coded at each of `bits`. nearest (E - 1,), by the number of centroids: reading the nearest of them.
+    cut (E,): all rows from an edge on read their mean row; shared (E,): they and unknown ids read one row. Rank edges
+    are the profile's.
     """
 
     bits: tuple[int, ...]
     loss: np.ndarray
+    nearest: dict[int, np.ndarray]
     cut: np.ndarray
     shared: np.ndarray
 
@@ -96,31 +99,30 @@ def predict(
 def predict_table(
     checkpoint: Checkpoint,
     profile: TableProfile,
-    fisher_DD: np.ndarray,  # noqa: N803
+    fisher_DD: np.ndarray,
     training_rows: int,
     clip: Clip = "search",
 ) -> Predicted:
     """Predicted losses of one table. Values are relative to a table read exactly."""
     dim, edges = profile.info.embedding_dim, profile.edges
     bits = tuple(b for b in BITS if _packs(dim, b))
-    rng = np.random.default_rng(0)
     fisher = torch.from_numpy(np.asarray(fisher_DD, dtype=np.float64))
-    loss = np.zeros((len(edges) - 1, len(bits)))
-    energy = np.zeros(len(edges) - 1)  # of each bucket: sum of n w' F w
-    for bucket in range(len(edges) - 1):
-        first, last = int(edges[bucket]), int(edges[bucket + 1])
-        ranks = np.arange(first, last)
-        if len(ranks) > BUCKET_ROWS:
-            ranks = np.sort(rng.choice(ranks, BUCKET_ROWS, replace=False))
-        chosen = np.sort(profile.order[ranks])
-        rows = checkpoint.table_rows(profile.info.name, chosen)
-        counts = torch.from_numpy(profile.counts[chosen].astype(np.float64))
-        total = float(profile.weights[bucket])
-        share = counts / counts.sum() if float(counts.sum()) else torch.zeros_like(counts)
-        energy[bucket] = total * float(share @ quadratic(rows, fisher))
-        for option, each in enumerate(bits):
-            error = dequantize_rows(quantize_rows(rows, each, clip), dim, each) - rows
-            loss[bucket, option] = total * float(share @ quadratic(error, fisher))
+    chosen, bucket = sampled_rows(profile)
+    rows = checkpoint.table_rows(profile.info.name, chosen)
+
+    def by_bucket(error: torch.Tensor) -> np.ndarray:
+        """Sum (E - 1,) of n e' F e over each bucket, from its sampled rows' mean by lookups."""
+        counts = np.maximum(profile.counts[chosen].astype(np.float64), UNSEEN_WEIGHT)
+        minded = np.bincount(bucket, counts * quadratic(error, fisher).numpy(), len(edges) - 1)
+        return profile.weights * minded / np.bincount(bucket, counts, len(edges) - 1)
+
+    coded = [dequantize_rows(quantize_rows(rows, each, clip), dim, each) - rows for each in bits]
+    loss = np.stack([by_bucket(error) for error in coded], axis=1)
+    near = {
+        count: by_bucket(torch.from_numpy(book.centroids[book.numbers[chosen]]) - rows)
+        for count, book in profile.codebooks.items()
+    }
+    energy = by_bucket(rows)
     scale = 0.5 / training_rows
     after = np.concatenate([np.cumsum(energy[::-1])[::-1], [0.0]])
     sums = np.concatenate([np.cumsum(profile.sums[::-1], axis=0)[::-1], np.zeros((1, dim))])
@@ -129,16 +131,32 @@ def predict_table(
     oov = profile.oov.astype(np.float64)
     known = after + profile.unknown * float(oov @ fisher_DD @ oov)
     both = known - _explained(sums + profile.unknown * oov, weights + profile.unknown, fisher_DD)
-    return Predicted(bits, scale * loss, scale * np.maximum(cut, 0.0), scale * np.maximum(both, 0.0))
+    nearest = {count: scale * costs for count, costs in near.items()}
+    return Predicted(bits, scale * loss, nearest, scale * np.maximum(cut, 0.0), scale * np.maximum(both, 0.0))
 
 
-def quadratic(rows_SD: torch.Tensor, fisher_DD: torch.Tensor) -> torch.Tensor:  # noqa: N803
+def sampled_rows(profile: TableProfile) -> tuple[np.ndarray, np.ndarray]:
+    """Training rows (S,), rising, up to BUCKET_ROWS of each bucket, and the bucket (S,) of each."""
+    rng = np.random.default_rng(0)
+    rows, buckets = [], []
+    for bucket, (first, last) in enumerate(itertools.pairwise(profile.edges.tolist())):
+        ranks = np.arange(first, last)
+        if len(ranks) > BUCKET_ROWS:
+            ranks = rng.choice(last - first, BUCKET_ROWS, replace=False) + first
+        rows.append(profile.order[ranks])
+        buckets.append(np.full(len(ranks), bucket))
+    chosen, bucket_of = np.concatenate(rows), np.concatenate(buckets)
+    order = np.argsort(chosen)
+    return chosen[order], bucket_of[order]
+
+
+def quadratic(rows_SD: torch.Tensor, fisher_DD: torch.Tensor) -> torch.Tensor:
     """w' F w (S,) float64 of each row."""
     wide = rows_SD.double()
     return ((wide @ fisher_DD) * wide).sum(1)
 
 
-def _explained(sums_ED: np.ndarray, weights_E: np.ndarray, fisher_DD: np.ndarray) -> np.ndarray:  # noqa: N803
+def _explained(sums_ED: np.ndarray, weights_E: np.ndarray, fisher_DD: np.ndarray) -> np.ndarray:
     """W c' F c (E,) of the mean rows c = sums / W: what reading the mean saves of reading zeros."""
     means = sums_ED / np.maximum(weights_E, 1e-12)[:, None]
     return weights_E * ((means @ fisher_DD) * means).sum(1)

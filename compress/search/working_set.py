@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from compress.compressor import ResolvedTable, put_rows, put_shared
-from compress.ids import Layout, target_rows
-from compress.lookup import Tier, pieces_of, tier_views
+from compress.compressor import ResolvedTable, physical_tiers, put_rows, put_shared
+from compress.ids import Layout, loose_bits, target_rows
+from compress.lookup import pieces_of, tier_views
 from compress.methods.codec import quantize_rows
 from compress.model import CompressedModel, build_model, whole_table
-from compress.search.profile import TableProfile
+from compress.search.profile import TableProfile, same_class
 from trainer.checkpoint import Checkpoint
 from trainer.config import RunConfig
 from trainer.data.encoded import Encoded
@@ -33,7 +33,9 @@ from trainer.data.transform import RESERVED_ROWS, IdMap, Transform
 class WorkingSet:
     """The rows a sample touches, by table, and the sample with its ids pointing at them.
 
-    weights[table] (M, D) float32 by rank, the reserved rows first; ranks[table] (M,) int64: of each in its whole table.
+    weights[table] (M, D) float32 by rank, the reserved rows first; ranks[table] (M,) int64: of each in its whole table;
+    clusters[table][C] (M,) uint8: which of C centroids each is nearest to. mates[table] (P, 2): a row, and the rank of
+    another one whose id is of the same class (compress/ids.py): it is taken for that one where it is itself forgotten.
     """
 
     run: RunConfig
@@ -42,6 +44,8 @@ class WorkingSet:
     labels: np.ndarray
     weights: dict[str, np.ndarray]
     ranks: dict[str, np.ndarray]
+    clusters: dict[str, dict[int, np.ndarray]]
+    mates: dict[str, np.ndarray]
     dense: dict[str, np.ndarray]
 
     @property
@@ -54,7 +58,7 @@ def extract(
     checkpoint: Checkpoint, transform: Transform, profiles: Mapping[str, TableProfile] | None, rows: Rows
 ) -> WorkingSet:
     """Take from a checkpoint what a sample of prepared rows needs. Without profiles, rows rank as they were trained."""
-    sparse, weights, ranks = dict(rows.encoded.sparse), {}, {}
+    sparse, weights, ranks, clusters, mates = dict(rows.encoded.sparse), {}, {}, {}, {}
     for name, table in transform.tables.items():
         used = [np.arange(RESERVED_ROWS), *(rows.encoded.sparse[f].values for f in table.features)]
         touched = np.unique(np.concatenate(used))
@@ -67,6 +71,10 @@ def extract(
             sparse[feature] = replace(ragged, values=place[np.searchsorted(touched, ragged.values)])
         weights[name] = checkpoint.table_rows(name, touched[order]).numpy()
         ranks[name] = rank[order]
+        if profiles is not None:
+            books = profiles[name].codebooks
+            clusters[name] = {count: book.numbers[touched[order]] for count, book in books.items()}
+            mates[name] = _mates(transform.id_maps[name], profiles[name].ranks(), touched[order])
     return WorkingSet(
         checkpoint.run,
         # trials score encoded rows only: vocabularies would be dead weight in the object store
@@ -75,6 +83,8 @@ def extract(
         rows.labels,
         weights,
         ranks,
+        clusters,
+        mates,
         {key: value.numpy() for key, value in checkpoint.dense_state().items()},
     )
 
@@ -93,9 +103,11 @@ def trial_model(
             tables.append(whole_table(info, len(ranks)))
             rows_of[name] = np.arange(len(ranks))
             continue
-        local[name] = _localized(resolved[name], ranks)
+        local[name] = _localized(resolved[name], ranks, working.clusters[name])
         tables.append(local[name].stored)
         rows_of[name] = target_rows(IdMap(0), local[name].layout).astype(np.int64)
+        taken = _mistaken(resolved[name].layout, ranks, working.mates[name])
+        rows_of[name][taken] = RESERVED_ROWS + local[name].layout.numbers(taken)
     block = torch.zeros(pieces_of(tables)[1], dtype=torch.uint8)
     for table, views in zip(tables, tier_views(block, tables), strict=True):
         values = torch.tensor(working.weights[table.name])
@@ -111,16 +123,39 @@ def trial_model(
     return build_model(working.run, working.transform, tables, block, dense, "trial", decoders), rows_of
 
 
-def _localized(part: ResolvedTable, ranks: np.ndarray) -> ResolvedTable:
-    """A resolved table of the rows of a working set alone, which lie by rank: cuts and bands fall among them."""
-    ends = np.searchsorted(ranks, part.layout.cuts)
-    bands = tuple(int(b) for b in np.searchsorted(ranks, part.layout.bands))
-    sizes = np.diff([0, *ends])
-    used = np.flatnonzero(sizes)  # the sample may touch no row of a tier
-    sizes[0] += len(bands)
-    tiers = tuple(Tier(int(sizes[i]), part.stored.tiers[i].bits) for i in used)
-    layout = Layout(np.arange(len(ranks)), tuple(int(ends[i]) for i in used), bands, part.layout.shared)
-    return replace(part, stored=replace(part.stored, tiers=tiers), layout=layout)
+def _mates(id_map: IdMap, ranks: np.ndarray, touched: np.ndarray) -> np.ndarray:
+    """Pairs (P, 2) of a touched row, by its place, and the rank of a row of the same class."""
+    if id_map.keys is None:
+        return np.zeros((0, 2), dtype=np.int64)
+    rows, classes = same_class(id_map.keys_by_row(), loose_bits(len(ranks)))
+    order = np.argsort(classes, kind="stable")
+    rows, classes = rows[order], classes[order]
+    place = np.full(len(ranks), -1)
+    place[touched] = np.arange(len(touched))
+    pairs = []
+    for step in range(1, int(np.bincount(classes).max()) if len(classes) else 0):
+        same = classes[step:] == classes[:-step]
+        for one, other in ((rows[step:][same], rows[:-step][same]), (rows[:-step][same], rows[step:][same])):
+            pairs.append(np.stack([place[one], ranks[other]], axis=1))
+    together = np.concatenate([np.zeros((0, 2), dtype=np.int64), *pairs])
+    return together[together[:, 0] >= 0]
+
+
+def _mistaken(layout: Layout, ranks: np.ndarray, mates: np.ndarray) -> np.ndarray:
+    """Places of the rows that are forgotten and taken for one that reads a centroid, of the same class."""
+    place, other = mates[:, 0], mates[:, 1]
+    return place[(ranks[place] >= layout.zone) & (other >= layout.kept) & (other < layout.zone)]
+
+
+def _localized(part: ResolvedTable, ranks: np.ndarray, clusters: Mapping[int, np.ndarray]) -> ResolvedTable:
+    """A resolved table of the rows of a working set alone, which lie by rank: all cuts fall among them."""
+    layout = part.layout
+    ends = tuple(int(e) for e in np.searchsorted(ranks, layout.cuts))
+    zone = int(np.searchsorted(ranks, layout.zone))
+    numbers = clusters.get(layout.count, np.zeros(0, dtype=np.uint8))
+    tiers = physical_tiers(ends, part.bits, layout.count, part.apart)
+    local = Layout(np.arange(len(ranks)), ends, zone, layout.count, numbers)
+    return replace(part, stored=replace(part.stored, tiers=tiers), layout=local)
 
 
 def score(working: WorkingSet, resolved: Mapping[str, ResolvedTable] | None) -> np.ndarray:

@@ -5,6 +5,9 @@ Legend: N rows, D embedding dim, W bytes of a row.
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 from compress_builders import random_rows, stored
@@ -322,3 +325,18 @@ def test_codec_rows_depend_on_themselves_alone(bits: int, clip: Clip) -> None:
     rows = random_rows(3000, 16)
     some = torch.randperm(3000, generator=torch.Generator().manual_seed(1))[:77]
     assert torch.equal(quantize_rows(rows, bits, clip)[some], quantize_rows(rows[some], bits, clip))
+
+
+# -- the peer of the benchmarks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_greedy_rows_of_the_benchmarks_decode_as_torch_decodes_them(bits: int) -> None:
+    greedy_rows = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "peers" / "greedy.py"))["greedy_rows"]
+    rows = drawn((50, 16), "laplace")
+    coded = greedy_rows(rows, bits)
+    name = f"embedding_bag_{bits}bit"
+    theirs = getattr(torch.ops.quantized, f"{name}_prepack")(rows, optimized_qparams=True)
+    expected = getattr(torch.ops.quantized, f"{name}_unpack")(theirs)
+    assert torch.allclose(dequantize_rows(coded, 16, bits), expected, atol=1e-6)
+    assert relative_rmse(rows, bits, coded) < relative_rmse(rows, bits, quantize_rows(rows, bits))

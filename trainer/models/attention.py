@@ -23,7 +23,7 @@ class AttentionPooling(nn.Module):
         super().__init__()
         self.score = nn.Sequential(mlp([4 * dim, *HIDDEN]), nn.Linear(HIDDEN[-1], 1))
 
-    def forward(self, sequence_BSW: Tensor, target_BW: Tensor) -> Tensor:  # noqa: N803
+    def forward(self, sequence_BSW: Tensor, target_BW: Tensor) -> Tensor:
         """(B, S, W), (B, W) -> (B, W)."""
         target = target_BW.unsqueeze(1).expand_as(sequence_BSW)
         pairs = torch.cat([sequence_BSW, target, sequence_BSW - target, sequence_BSW * target], dim=2)
@@ -49,7 +49,7 @@ class SequenceHead(Head):
         """The layer that gives the logits."""
         return self.inner.out
 
-    def logits(self, dense_BI: Tensor, looked_up_BL: Tensor) -> Tensor:  # noqa: N803
+    def logits(self, dense_BI: Tensor, looked_up_BL: Tensor) -> Tensor:
         """Logits (B, T)."""
         parts = list(looked_up_BL.split(self.widths, dim=1))
         for key, pool in self.pools.items():

@@ -21,7 +21,7 @@ class LowRankCross(nn.Module):
         self.down = nn.Linear(width, rank, bias=False)
         self.up = nn.Linear(rank, width)
 
-    def forward(self, x0_BX: Tensor, x_BX: Tensor) -> Tensor:  # noqa: N803
+    def forward(self, x0_BX: Tensor, x_BX: Tensor) -> Tensor:
         """(B, X) -> (B, X)."""
         crossed = self.up(self.down(x_BX)).to(x0_BX.dtype)
         return (x0_BX * crossed).add_(x_BX)  # the gradient of addcmul would take two more products
@@ -38,7 +38,7 @@ class DCNHead(Head):
         self.deep = mlp([width, *config.top_mlp], config.dropout, config.batch_norm)
         self.out = nn.Linear(width + (config.top_mlp[-1] if config.top_mlp else width), shape.num_tasks)
 
-    def logits(self, dense_BI: Tensor, pooled_BD: Tensor) -> Tensor:  # noqa: N803
+    def logits(self, dense_BI: Tensor, pooled_BD: Tensor) -> Tensor:
         """Logits (B, T)."""
         x0_BX = self.cast(torch.cat([dense_BI, pooled_BD], dim=1))
         x_BX = x0_BX

@@ -31,7 +31,7 @@ class DeepFMHead(Head):
         self.first_order = nn.Linear(inputs, shape.num_tasks, bias=False)
         self.out = nn.Linear(width + last, shape.num_tasks)
 
-    def logits(self, dense_BI: Tensor, pooled_BD: Tensor) -> Tensor:  # noqa: N803
+    def logits(self, dense_BI: Tensor, pooled_BD: Tensor) -> Tensor:
         """Logits (B, T)."""
         parts = pooled_BD.split(self.dims, dim=1)
         vectors = [project(part) for project, part in zip(self.project, parts, strict=True)]

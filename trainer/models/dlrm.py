@@ -31,7 +31,7 @@ class DLRMHead(Head):
         self.top = mlp([first, *config.top_mlp], config.dropout, config.batch_norm)
         self.out = nn.Linear(config.top_mlp[-1] if config.top_mlp else first, shape.num_tasks)
 
-    def logits(self, dense_BI: Tensor, pooled_BD: Tensor) -> Tensor:  # noqa: N803
+    def logits(self, dense_BI: Tensor, pooled_BD: Tensor) -> Tensor:
         """Logits (B, T)."""
         parts = pooled_BD.split(self.dims, dim=1)
         vectors = [project(part) for project, part in zip(self.project, parts, strict=True)]

@@ -22,7 +22,7 @@ class TowerLogits(nn.Module):
         self.bias = nn.Parameter(torch.zeros(tasks))
         nn.init.xavier_uniform_(self.weight)
 
-    def forward(self, towers_BTH: Tensor) -> Tensor:  # noqa: N803
+    def forward(self, towers_BTH: Tensor) -> Tensor:
         """(B, T, H) -> (B, T)."""
         return (towers_BTH * self.weight).sum(2) + self.bias
 
@@ -43,7 +43,7 @@ class MMoEHead(Head):
         )
         self.out = TowerLogits(config.tower_mlp[-1] if config.tower_mlp else width, shape.num_tasks)
 
-    def logits(self, dense_BI: Tensor, pooled_BD: Tensor) -> Tensor:  # noqa: N803
+    def logits(self, dense_BI: Tensor, pooled_BD: Tensor) -> Tensor:
         """Logits (B, T)."""
         x = self.cast(torch.cat([dense_BI, pooled_BD], dim=1))
         experts_BEH = torch.stack([expert(x) for expert in self.experts], dim=1)

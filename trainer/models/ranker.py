@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.fx
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedTensor
@@ -54,7 +54,7 @@ class Head(nn.Module, ABC):
 
     autocast: torch.dtype | None = None
 
-    def forward(self, dense_BI: Tensor, looked_up_BL: Tensor) -> Tensor:  # noqa: N803
+    def forward(self, dense_BI: Tensor, looked_up_BL: Tensor) -> Tensor:
         """Logits (B, T) float32."""
         if self.autocast is None:
             return self.logits(dense_BI, looked_up_BL)
@@ -62,7 +62,7 @@ class Head(nn.Module, ABC):
             return self.logits(dense_BI, looked_up_BL).float()
 
     @abstractmethod
-    def logits(self, dense_BI: Tensor, looked_up_BL: Tensor) -> Tensor:  # noqa: N803
+    def logits(self, dense_BI: Tensor, looked_up_BL: Tensor) -> Tensor:
         """What an architecture computes."""
 
     def cast(self, x: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def in_order(found: KeyedTensor, names: list[str]) -> Tensor:
 
 
 @torch.fx.wrap
-def widened(looked_up_BL: Tensor, dims: list[int], missing: list[int]) -> Tensor:  # noqa: N803
+def widened(looked_up_BL: Tensor, dims: list[int], missing: list[int]) -> Tensor:
     """Lookups of some dims, each followed by as many zeros as the head misses of it."""
     parts = zip(looked_up_BL.split(dims, dim=1), missing, strict=True)
     return torch.cat([F.pad(part, (0, zeros)) for part, zeros in parts], dim=1)
@@ -139,7 +139,7 @@ class BatchNorm(nn.Module):
         self.momentum = momentum
         self.eps = eps
 
-    def forward(self, x_BW: Tensor) -> Tensor:  # noqa: N803
+    def forward(self, x_BW: Tensor) -> Tensor:
         """Normalise by the global batch in training, by running statistics otherwise."""
         if not self.training:
             scale = self.weight * torch.rsqrt(self.running_var + self.eps)
