@@ -294,12 +294,17 @@ class Segments:
     def id_map(self, size: int, packed: np.ndarray) -> IdMap:
         """The id map, ready to look up."""
         if not self.bits:
+            if self.rows != [size] or len(packed):
+                raise ArtifactError(f"rows that kept their order, but segments of {self.rows[:5]} in {size}")
             return IdMap(size)
         return self._numbered(size, packed) if not self.loose else self._keyed(size, packed)
 
     def _numbered(self, size: int, packed: np.ndarray) -> IdMap:
-        if sum(self.rows) != size:
-            raise ArtifactError(f"segments of {self.rows[:5]} rows in {size}")
+        wanted = -(-size * self.bits // 8)
+        if sum(self.rows) != size or len(packed) != wanted:
+            raise ArtifactError(
+                f"segments of {self.rows[:5]} rows in {size}: their numbers take {wanted} bytes, there are {len(packed)}"
+            )
         numbers = unpack_numbers(packed, size, self.bits)
         remap = np.arange(size + RESERVED_ROWS, dtype=np.int32)
         for segment, rows in enumerate(self._targets()):
