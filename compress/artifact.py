@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
 from compress.catalogue import Catalogue, read_catalogue
 from compress.checks import (
@@ -35,18 +36,20 @@ from compress.checks import (
     check_tables_fit,
     read_golden,
 )
+from compress.dense import SPEC, WEIGHTS, load_runtime, sides_of
 from compress.encryption import close_all, decrypted_files
 from compress.errors import ArtifactError
 from compress.ids import read_ids
 from compress.lookup import map_block, pieces_of
 from compress.manifest import MANIFEST, MANIFEST_BYTES, open_regular, parse_manifest, read_bounded, seal, stored_tables
 from compress.model import CompressedModel, build_model
-from compress.onnx_head import ONNX_HEAD, check_onnx
+from compress.onnx_head import ONNX_HEAD, check_onnx, head_of
 from compress.signing import check_signature, configured_keys
 from compress.verified import checksum
 from trainer.config import RunConfig, parse_run
 from trainer.data.transform import Transform, flat, read_description
 from trainer.errors import SlimrankError
+from trainer.models import build_head
 
 __all__ = [
     "MANIFEST",
@@ -191,20 +194,30 @@ def _open(folder: Path, manifest: dict[str, Any], paths: Mapping[str, Path]) -> 
     size = pieces_of(tables)[1]
     if paths["tables.bin"].stat().st_size != size:
         raise ArtifactError(f"{folder / 'tables.bin'}: not the {size:,} bytes that its tables take: compress again")
-    dense = load_file(paths["dense.safetensors"])
-    if set(dense) == {ONNX_HEAD}:
-        check_onnx(dense[ONNX_HEAD].numpy().tobytes(), str(folder / "dense.safetensors"))
-    else:
-        check_head(run, transform, {k: v.shape for k, v in dense.items()}, str(folder / "dense.safetensors"))
+    head = _head(run, transform, paths, folder)
     block = map_block(paths["tables.bin"], size)
     decoders = load_file(paths[DECODERS]) if DECODERS in paths else {}
     check_decoders(decoders, tables, str(folder / DECODERS))
-    model = build_model(run, transform, tables, block, dense, manifest["version"], decoders)
+    model = build_model(run, transform, tables, block, head, manifest["version"], decoders)
     catalogue = read_catalogue(paths["items.arrow"], transform) if "items.arrow" in paths else None
     if catalogue is not None:
         check_catalogue(catalogue, transform, rows, str(folder / "items.arrow"))
     golden = read_golden(paths["golden.arrow"], len(schema.tasks))
     return Artifact(folder, manifest, run, model, catalogue, golden)
+
+
+def _head(run: RunConfig, transform: Transform, paths: Mapping[str, Path], folder: Path) -> nn.Module:
+    """The dense part: as trained, as a plan made it smaller, or as ONNX from elsewhere."""
+    where = str(folder / WEIGHTS)
+    if SPEC in paths:
+        check_head(run, transform, None, where)
+        return load_runtime(paths, build_head(run.model, transform), sides_of(transform))
+    dense = load_file(paths[WEIGHTS])
+    if set(dense) == {ONNX_HEAD}:
+        check_onnx(dense[ONNX_HEAD].numpy().tobytes(), where)
+    else:
+        check_head(run, transform, {k: v.shape for k, v in dense.items()}, where)
+    return head_of(run, transform, dense)
 
 
 def golden_table(sample: pa.Table, model: CompressedModel) -> pa.Table:

@@ -5,6 +5,7 @@ Legend: N rows, D embedding dim, W bytes of a row, C centroids.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,27 +14,34 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.artifact import GOLDEN_ROWS, golden_table, seal
 from compress.catalogue import write_catalogue
 from compress.config import Clip, CompressionPlan, TablePlan
+from compress.dense import WEIGHTS, DenseRuntime, make_runtime, sides_of
 from compress.errors import PlanError
 from compress.ids import Layout, id_map_bytes, read_ids, target_rows, write_ids
 from compress.lookup import StoredTable, Tier, map_block, pieces_of, tier_views
 from compress.methods.codec import quantize_rows, row_bytes
+from compress.methods.dense import DensePlan, compress_head
 from compress.methods.lowrank import energies, factor, rank_for_energy
 from compress.methods.prune import keep_columns
-from compress.model import build_model
+from compress.model import SCORE_ROWS, CompressedModel, build_model, translate_rows
+from compress.onnx_head import OnnxHead, head_of
 from compress.search.profile import TableProfile
 from trainer.checkpoint import Checkpoint
+from trainer.data.batch import to_batch
 from trainer.data.dataset import Dataset
+from trainer.data.reader import Rows, spread_rows
 from trainer.data.transform import OOV_ROW, RESERVED_ROWS, IdMap, write_arrow
 from trainer.errors import DataError
 from trainer.files import new_directory, write_json
+from trainer.metrics import row_losses
 from trainer.progress import ReportProgress
 
 SHARED_BITS: Literal[8] = 8
+HEAD_ROWS = 65_536  # of each split, that a smaller head is made and gated on
 WIDTH_STEP = 8  # columns: what INT2 rows fill whole bytes by, and FBGEMM takes at any bits
 
 
@@ -237,6 +245,37 @@ def put_shared(views: Sequence[Tensor], part: ResolvedTable) -> None:
         views[0][OOV_ROW] = part.code(torch.from_numpy(part.unknown)[None], 0)[0]
 
 
+def shrink_head(model: CompressedModel, dataset: Dataset, plan: DensePlan) -> DenseRuntime:
+    """A model's head with fewer neurons, ranks or bits, calibrated on training rows read through its own tables.
+
+    Layers pass the gate of `plan.max_loss` on validation rows. Raises: PlanError for a head that came as ONNX.
+    """
+    if isinstance(model.head, OnnxHead):
+        raise PlanError("dense: a head that came as ONNX is run as it is: leave `dense` out of the plan")
+    lessons = _head_inputs(model, dataset, spread_rows(dataset, "train", HEAD_ROWS))
+    held = spread_rows(dataset, "val", HEAD_ROWS)
+    held_inputs = _head_inputs(model, dataset, held)
+
+    @torch.inference_mode()
+    def loss(head: nn.Module) -> float:
+        logits = torch.cat([head(*inputs) for inputs in held_inputs]).numpy()
+        return float(np.mean([row_losses(held.labels[:, t], logits[:, t]).mean() for t in range(logits.shape[1])]))
+
+    steps = plan.distill_steps
+    again = itertools.islice(itertools.cycle(lessons), steps)
+    head, _ = compress_head(model.head, plan, lessons, loss, plan.max_loss, again, steps)
+    return make_runtime(head, sides_of(model.transform), plan)
+
+
+def _head_inputs(model: CompressedModel, dataset: Dataset, rows: Rows) -> list[tuple[Tensor, Tensor]]:
+    """What the head is given for prepared rows: batches of (dense (B, I), looked up (B, L))."""
+    encoded = translate_rows(model, dataset, rows.encoded)
+    batches = [
+        to_batch(encoded.take(np.arange(a, min(a + SCORE_ROWS, len(rows))))) for a in range(0, len(rows), SCORE_ROWS)
+    ]
+    return [(b.dense, model.lookup(b.sparse)) for b in batches]
+
+
 def data_of(checkpoint: Checkpoint, dataset: Dataset) -> Dataset:
     """The prepared data a checkpoint was trained on, its tables as wide as the checkpoint's.
 
@@ -276,8 +315,6 @@ def compress(
     tables = [r.stored for r in resolved.values()]
     with new_directory(out) as staging:
         pack_tables(staging / "tables.bin", checkpoint, transform.id_maps, resolved, progress)
-        dense = checkpoint.dense_state()
-        save_file(dense, staging / "dense.safetensors")
         decoders = {n: torch.from_numpy(r.decoder) for n, r in resolved.items() if r.decoder is not None}
         if decoders:
             save_file(decoders, staging / "decoders.safetensors")
@@ -285,7 +322,15 @@ def compress(
         write_ids(staging / "ids.arrow", transform.id_maps, {n: r.layout for n, r in resolved.items()})
         own = transform.with_id_maps(read_ids(staging / "ids.arrow", transform.tables, tables))
         block = map_block(staging / "tables.bin", pieces_of(tables)[1])
-        model = build_model(checkpoint.run, own, tables, block, dense, "unsealed", decoders)
+        dense = checkpoint.dense_state()
+        model = build_model(
+            checkpoint.run, own, tables, block, head_of(checkpoint.run, own, dense), "unsealed", decoders
+        )
+        if plan.dense == DensePlan():
+            save_file(dense, staging / WEIGHTS)
+        else:
+            model.head = shrink_head(model, dataset, plan.dense)
+            model.head.save(staging)
         items = dataset.items()
         if items is not None:
             write_catalogue(staging / "items.arrow", items, own)

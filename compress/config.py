@@ -11,6 +11,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, mode
 from compress.errors import PlanError
 from compress.methods.codebook import MAX_CENTROIDS
 from compress.methods.codec import Clip
+from compress.methods.dense import DensePlan
 from compress.methods.prune import Score
 from trainer.config import describe, load_yaml
 from trainer.data.schema import Config
@@ -99,13 +100,15 @@ class CompressionPlan(Config):
     """What to do to every table: `default`, but for the tables named in `tables`.
 
     `order` is what ranks a table's rows: how often they are looked up, their length, the product, or what the loss
-    would lose by cutting each ("fisher"). `checkpoint` names the weights that the plan was made for, where it does.
+    would lose by cutting each ("fisher"). `dense` is what to do to the layers above the tables. `checkpoint` names the
+    weights that the plan was made for, where it does.
     """
 
     version: Literal[1] = 1
     order: Score = "frequency"
     default: TablePlan = TablePlan()
     tables: dict[str, TablePlan] = Field(default_factory=dict)
+    dense: DensePlan = DensePlan()
     checkpoint: str | None = None
 
     def of(self, table: str) -> TablePlan:

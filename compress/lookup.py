@@ -137,6 +137,7 @@ class Lookup:
     ) -> None:
         self.tables = list(tables)
         self.names = list(lookups)
+        self.mean_features = mean
         self.mean = [feature_of(name) in mean for name in lookups]
         self.block = block
         self.decoders = dict(decoders or {})
@@ -146,6 +147,7 @@ class Lookup:
         owner = {f: i for i, t in enumerate(tables) for f in t.features}
         self.table_of = [owner[feature_of(name)] for name in lookups]
         pieces, size = pieces_of(tables)
+        pieces = [p for p in pieces if p.table in self.table_of]  # the TBE takes no table that nobody reads
         place = {(p.table, p.tier): i for i, p in enumerate(pieces)}
         spread = [(f, t, k) for f, t in enumerate(self.table_of) for k in range(len(tables[t].tiers))]
         self.split = len(spread) > len(lookups)
@@ -164,9 +166,10 @@ class Lookup:
             row_alignment=1,
         )
         logging.getLogger().setLevel(level)
-        offsets = [p.first_byte for p in pieces]
-        assert self.tbe.weights_physical_offsets == offsets, "the block is not laid out as this FBGEMM reads it"
-        assert self.tbe.host_size == size == block.numel(), f"block of {block.numel()} bytes, tables need {size}"
+        taken = sum(-(-p.bytes // TABLE_ALIGNMENT) * TABLE_ALIGNMENT for p in pieces)
+        assert self.tbe.host_size == taken, "rows are not laid out as this FBGEMM reads them"
+        assert size == block.numel(), f"block of {block.numel()} bytes, tables need {size}"
+        self.tbe.weights_physical_offsets = [p.first_byte for p in pieces]
         self.tbe.initialize_logical_weights_placements_and_offsets()
         self.tbe.weights_host = block
         self.tbe.weight_initialized = True

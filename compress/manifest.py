@@ -49,6 +49,7 @@ class FileRule(NamedTuple):
 FILES: dict[str, FileRule] = {
     "tables.bin": FileRule(True, 1 << 42),
     "dense.safetensors": FileRule(True, 1 << 34),
+    "dense.json": FileRule(False, 8 << 20),
     "dense.onnx": FileRule(False, 1 << 31),  # protobuf's own limit
     "decoders.safetensors": FileRule(False, 1 << 34),
     "transform.json": FileRule(True, 32 << 20),

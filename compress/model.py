@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import nn
 
+from compress.catalogue import item_transform, join_sides, request_transform
+from compress.dense import DenseRuntime, make_runtime, sides_of
 from compress.lookup import Lookup, StoredTable, Tier, pieces_of, tier_views
 from compress.methods.codec import quantize_rows
-from compress.onnx_head import head_of
+from compress.methods.dense import DensePlan, simplify
+from compress.onnx_head import OnnxHead, head_of
 from trainer.checkpoint import Checkpoint
 from trainer.config import MetricsConfig, RunConfig
 from trainer.data.batch import Batch, to_batch
@@ -54,6 +58,27 @@ class CompressedModel:
         """The same from the plain-torch lookup."""
         return self.head(batch.dense, self.lookup.oracle(batch.sparse)).numpy()
 
+    @cached_property
+    def ranking(self) -> Ranking | None:
+        """How one request's candidates are scored with the request's part computed once; None where nothing is shared.
+
+        Made on first use, which takes about a second.
+        """
+        return None if isinstance(self.head, OnnxHead) else make_ranking(self)
+
+    def rank(self, request: Encoded, items: Encoded) -> np.ndarray:
+        """Log-odds (K, T) of one request (1 row of user and context features) and its K candidates' features.
+
+        Equal to `logits` of the request repeated beside each candidate, up to the order of fp32 sums.
+        """
+        if self.ranking is None:
+            sides = [
+                (request_transform(self.transform), request.repeat(len(items))),
+                (item_transform(self.transform), items),
+            ]
+            return self.logits(to_batch(join_sides(self.transform, sides)))
+        return self.ranking(to_batch(request), to_batch(items))
+
     def score_encoded(self, encoded: Encoded) -> np.ndarray:
         """Log-odds (N, T) of encoded rows, SCORE_ROWS at a time."""
         parts = [
@@ -68,13 +93,12 @@ def build_model(
     transform: Transform,
     tables: list[StoredTable],
     block: torch.Tensor,
-    dense: dict[str, torch.Tensor],
+    head: nn.Module,
     version: str,
     decoders: Mapping[str, torch.Tensor] | None = None,
 ) -> CompressedModel:
-    """Put tables and dense weights together. `transform` maps ids to the rows of `tables`."""
+    """Put tables and head together. `transform` maps ids to the rows of `tables`."""
     mean = {name for name in transform.sparse if pooling_of(transform, name) == "mean"}
-    head = head_of(run, transform, dense)
     lookup = Lookup(tables, lookups_of(transform, list(transform.sparse)), mean, block, decoders)
     return CompressedModel(transform, lookup, head, version, run.train.metrics)
 
@@ -86,7 +110,37 @@ def model_of_checkpoint(checkpoint: Checkpoint, transform: Transform) -> Compres
     for table, (view,) in zip(tables, tier_views(block, tables), strict=True):
         for first, rows in checkpoint.table_chunks(table.name):
             view[first : first + len(rows)] = quantize_rows(rows, 32)
-    return build_model(checkpoint.run, transform, tables, block, checkpoint.dense_state(), checkpoint.version)
+    head = head_of(checkpoint.run, transform, checkpoint.dense_state())
+    return build_model(checkpoint.run, transform, tables, block, head, checkpoint.version)
+
+
+@dataclass
+class Ranking:
+    """Lookups of the request's features and of the items', and the head that computes the request's part once."""
+
+    request: Lookup
+    items: Lookup
+    runtime: DenseRuntime
+
+    @torch.inference_mode()
+    def __call__(self, request: Batch, items: Batch) -> np.ndarray:
+        """Log-odds (K, T) float32 of one request and K candidates."""
+        looked_up = self.request(request.sparse), self.items(items.sparse)
+        return self.runtime.rank(request.dense, looked_up[0], items.dense, looked_up[1]).numpy()
+
+
+def make_ranking(model: CompressedModel) -> Ranking | None:
+    """The two sides of a model over its tables; None where one of them looks nothing up."""
+    parts = [part(model.transform) for part in (request_transform, item_transform)]
+    names = [lookups_of(model.transform, list(part.sparse)) for part in parts]
+    if not all(names):
+        return None
+    lookup = model.lookup
+    request, items = (Lookup(lookup.tables, n, lookup.mean_features, lookup.block, lookup.decoders) for n in names)
+    runtime = model.head
+    if not isinstance(runtime, DenseRuntime):
+        runtime = make_runtime(simplify(model.head), sides_of(model.transform), DensePlan(backend="torch"))
+    return Ranking(request, items, runtime)
 
 
 def whole_table(info: TableInfo, rows: int) -> StoredTable:

@@ -6,6 +6,7 @@ Legend: K candidates.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,17 @@ class Weights:
         self.separator: str | None = getattr(feature, "separator", None)
 
 
+@dataclass(frozen=True)
+class Sides:
+    """What a request's K candidates read: one row of the user's and the context's features, and K rows of the items'.
+
+    Without `request`, `items` has the features of both: candidates that come as columns may have any of them.
+    """
+
+    request: Encoded | None
+    items: Encoded
+
+
 class FeatureReader:
     """Encodes requests for one artifact with the transform the trainer fitted."""
 
@@ -44,7 +56,22 @@ class FeatureReader:
         self.columns = {**{f.name: f.source for f in schema.features}, **{c: c for c in self.specs}}
 
     def read(self, user: dict[str, Any], candidates: Sequence[Any]) -> tuple[Encoded, list[str]]:
-        """Encoded rows of K candidates, and the user's keys that no feature reads.
+        """Encoded rows of K candidates, the user's features beside each, and the user's keys that no feature reads.
+
+        Raises: RequestError naming the field whose value cannot be read.
+        """
+        sides, ignored = self.read_sides(user, candidates)
+        return self.joined(sides), ignored
+
+    def joined(self, sides: Sides) -> Encoded:
+        """The rows of K candidates with the user's features beside each."""
+        if sides.request is None:
+            return sides.items
+        user = self.of_request, sides.request.repeat(len(sides.items))
+        return join_sides(self.whole, [user, (self.of_items, sides.items)])
+
+    def read_sides(self, user: dict[str, Any], candidates: Sequence[Any]) -> tuple[Sides, list[str]]:
+        """A request's features as the model wants them, and the user's keys that no feature reads.
 
         Raises: RequestError naming the field whose value cannot be read.
         """
@@ -55,13 +82,12 @@ class FeatureReader:
         values = {self.columns[key]: value for key, value in user.items() if key not in ignored}
         own = {c: to_array([v], self.specs[c], f"user.{c}") for c, v in values.items()}
         if not ids_only:
-            return self._read_rows(own, candidates), ignored
+            return Sides(None, self._read_rows(own, candidates)), ignored
         if self.catalogue is None:
             raise RequestError("candidates", "this model has no item catalogue: give objects of raw columns, not ids")
-        encoded = encode(self.of_request, own, 1, "user").repeat(len(candidates))
-        return join_sides(self.whole, [(self.of_request, encoded), self._items(candidates)]), ignored
+        return Sides(encode(self.of_request, own, 1, "user"), self._items(candidates)), ignored
 
-    def _items(self, ids: Sequence[str | int]) -> tuple[Transform, Encoded]:
+    def _items(self, ids: Sequence[str | int]) -> Encoded:
         assert self.catalogue is not None
         assert self.item_column is not None
         keys, _ = hash_ids(pa.array([str(i) for i in ids]), self.item_column)
@@ -71,7 +97,7 @@ class FeatureReader:
             ids_only = {self.item_column: pa.array([str(i) for i in ids])}
             strange = encode(self.of_items, ids_only, len(ids), "candidates")
             encoded = choose(known, encoded, strange)
-        return self.of_items, encoded
+        return encoded
 
     def _read_rows(self, user: dict[str, pa.Array], candidates: Sequence[dict[str, Any]]) -> Encoded:
         """Candidates as objects: each reads its own columns, and the user's where it has none."""

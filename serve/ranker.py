@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from compress.artifact import Artifact
 from serve.errors import RequestError
-from serve.features import FeatureReader
+from serve.features import FeatureReader, Sides
 from serve.request import RankedItem, RankRequest, RankResponse
 from trainer.data.batch import to_batch
-from trainer.data.encoded import Encoded, concatenate
+from trainer.data.encoded import concatenate
 from trainer.metrics import sigmoid
+
+TIE_DIGITS = 6
+ALONE = 16  # candidates from which on a request is scored by itself
+
+
+def _alone(sides: Sides) -> bool:
+    return sides.request is not None and len(sides.items) >= ALONE
 
 
 class Ranker:
@@ -37,30 +44,44 @@ class Ranker:
     def rank_many(self, requests: Sequence[RankRequest]) -> list[RankResponse | RequestError]:
         """Answer several requests with one pass through the model; one that cannot be read does not harm the others."""
         started = time.perf_counter()
-        read: list[tuple[Encoded, list[str]] | RequestError] = []
+        read: list[tuple[Sides, list[str]] | RequestError] = []
         for request in requests:
             try:
-                read.append(self.reader.read(request.user, request.candidates))
+                read.append(self.reader.read_sides(request.user, request.candidates))
             except RequestError as error:
                 read.append(error)
-        parts = [r[0] for r in read if not isinstance(r, RequestError)]
-        logits = self.artifact.model.logits(to_batch(concatenate(parts))) if parts else np.zeros((0, 1))
+        logits = self._score([entry[0] for entry in read if not isinstance(entry, RequestError)])
         answers: list[RankResponse | RequestError] = []
-        at = 0
         for request, entry in zip(requests, read, strict=True):
             if isinstance(entry, RequestError):
                 answers.append(entry)
                 continue
-            own = logits[at : at + len(request.candidates)]
-            at += len(own)
             ms = (time.perf_counter() - started) * 1000
-            answers.append(self._answer(request, own, entry[1], ms))
+            answers.append(self._answer(request, next(logits), entry[1], ms))
         return answers
+
+    def _score(self, read: Sequence[Sides]) -> Iterator[np.ndarray]:
+        """Log-odds (K, T) of each request: large ones by themselves, their user computed once, small ones together.
+
+        Which of both depends on the request alone, so a score does not depend on its neighbours.
+        """
+        model = self.artifact.model
+        together = [self.reader.joined(s) for s in read if not _alone(s)]
+        joint = model.logits(to_batch(concatenate(together))) if together else np.zeros((0, 1))
+        at = 0
+        for sides in read:
+            if _alone(sides):
+                assert sides.request is not None
+                yield model.rank(sides.request, sides.items)
+                continue
+            yield joint[at : at + len(sides.items)]
+            at += len(sides.items)
 
     def _answer(self, request: RankRequest, logits_KT: np.ndarray, ignored: list[str], ms: float) -> RankResponse:
         scores_KT = sigmoid(logits_KT)
         tasks = self.artifact.model.tasks
-        top = np.argsort(-scores_KT[:, 0], kind="stable")[: request.k].tolist()
+        # items that differ by rounding alone keep the request's order, whatever they are scored with
+        top = np.argsort(-scores_KT[:, 0].round(TIE_DIGITS), kind="stable")[: request.k].tolist()
         items = []
         for index, (name, title) in zip(top, self.reader.describe(request.candidates, top), strict=True):
             every = dict(zip(tasks, scores_KT[index].tolist(), strict=True)) if len(tasks) > 1 else None

@@ -21,6 +21,7 @@ from compress.ids import Layout, loose_bits, target_rows
 from compress.lookup import pieces_of, tier_views
 from compress.methods.codec import quantize_rows
 from compress.model import CompressedModel, build_model, whole_table
+from compress.onnx_head import head_of
 from compress.search.profile import TableProfile, same_class
 from trainer.checkpoint import Checkpoint
 from trainer.config import RunConfig
@@ -120,7 +121,8 @@ def trial_model(
         put_shared(views, part)
     dense = {key: torch.tensor(value) for key, value in working.dense.items()}
     decoders = {n: torch.from_numpy(p.decoder) for n, p in local.items() if p.decoder is not None}
-    return build_model(working.run, working.transform, tables, block, dense, "trial", decoders), rows_of
+    head = head_of(working.run, working.transform, dense)
+    return build_model(working.run, working.transform, tables, block, head, "trial", decoders), rows_of
 
 
 def _mates(id_map: IdMap, ranks: np.ndarray, touched: np.ndarray) -> np.ndarray:

@@ -7,8 +7,11 @@ Legend: B batch, I dense inputs, F sparse features, D sum of their dims, W commo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 from trainer.config import ModelConfig
 from trainer.models.ranker import Head, HeadShape, mlp
@@ -37,7 +40,14 @@ class DeepFMHead(Head):
         vectors = [project(part) for project, part in zip(self.project, parts, strict=True)]
         if self.dense_vector is not None:
             vectors.append(self.dense_vector(dense_BI))
-        stacked_BFW = torch.stack(vectors, dim=1)
-        pairs_BW = 0.5 * (stacked_BFW.sum(1).square() - stacked_BFW.square().sum(1))
+        pairs_BW = pair_products(vectors)
         x = self.cast(torch.cat([dense_BI, pooled_BD], dim=1))
         return self.first_order(x) + self.out(torch.cat([pairs_BW, self.deep(x)], dim=1))
+
+
+def pair_products(vectors: Sequence[Tensor]) -> Tensor:
+    """The sum over all pairs of F vectors, each (B, W), of their elementwise products -> (B, W)."""
+    if has_torch_function(vectors):  # one request's vectors are summed once, not once a candidate
+        return handle_torch_function(pair_products, vectors, vectors)
+    stacked_BFW = torch.stack(list(vectors), dim=1)
+    return 0.5 * (stacked_BFW.sum(1).square() - stacked_BFW.square().sum(1))

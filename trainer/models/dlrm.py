@@ -6,8 +6,11 @@ Legend: B batch, I dense inputs, F sparse features, D sum of their dims, W commo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 from trainer.config import ModelConfig
 from trainer.models.ranker import Head, HeadShape, mlp
@@ -40,7 +43,14 @@ class DLRMHead(Head):
             bottom_BW = self.bottom(dense_BI)
             vectors.append(bottom_BW)
             inputs.append(bottom_BW)
-        stacked_BFW = torch.stack(vectors, dim=1)
-        dots = torch.bmm(stacked_BFW, stacked_BFW.transpose(1, 2)).flatten(1)
-        inputs.append(dots.index_select(1, self.pairs))
+        inputs.append(pair_dots(vectors, self.pairs))
         return self.out(self.top(torch.cat(inputs, dim=1)))
+
+
+def pair_dots(vectors: Sequence[Tensor], pairs_P: Tensor) -> Tensor:
+    """Dot products of pairs of V vectors, each (B, W) -> (B, P). A pair is coded as first * V + second."""
+    if has_torch_function(vectors):  # one request's vectors need one product, not one a candidate
+        return handle_torch_function(pair_dots, vectors, vectors, pairs_P)
+    stacked_BVW = torch.stack(list(vectors), dim=1)
+    dots = torch.bmm(stacked_BVW, stacked_BVW.transpose(1, 2)).flatten(1)
+    return dots.index_select(1, pairs_P)
