@@ -57,9 +57,15 @@ def test_load_plan_reads_what_was_dumped(tmp_path: Path) -> None:
         ("default: {rows: 5, tiers: [{bits: 8}]}", "default: give tiers, or bits"),
         ("default: {clip: best}", "default.clip.*minmax.*search"),
         ("default: {centroids: 0}", "default.centroids"),
-        ("default: {centroids: 65}", "default.centroids"),
+        ("default: {centroids: 257}", "default.centroids"),
+        ("default: {bits: 0}", "default.bits"),
+        ("default: {tiers: [{bits: 0, keep: 0.5}, {bits: 0}]}", "default: bits 0 .* is for the last tier"),
         ("default: {unknown: lost}", "default.unknown.*own.*shared"),
-        ("default: {unknown: shared, centroids: 2}", "default: unknown: shared leaves one row"),
+        (
+            "default: {unknown: shared, centroids: 2}",
+            "default: unknown: shared with centroids needs a last tier of bits 0",
+        ),
+        ("default: {tiers: [{bits: 8, keep: 0.5}], unknown: shared, centroids: 4}", "default: .* needs a last tier"),
         ("default: {rank: 3}", "default.rank"),
         ("default: {energy: 1.0}", "default.energy"),
         ("default: {energy: 0}", "default.energy"),
@@ -82,6 +88,8 @@ def test_load_plan_names_what_is_wrong(tmp_path: Path, text: str, named: str) ->
 PLANS = [
     "default: {tiers: [{bits: 8, keep: 0.1}, {bits: 4, coverage: 0.9}, {bits: 2, rows: 100}], unknown: shared}",
     "{order: fisher, checkpoint: abc, default: {bits: 16, rows: 5, centroids: 3, clip: minmax}}",
+    "default: {tiers: [{bits: 4, rows: 9}, {bits: 0, rows: 50}], unknown: shared, centroids: 256}",
+    "{order: norm, default: {tiers: [{bits: 4, rows: 9}, {bits: 0}], centroids: 16}}",
     "tables: {a: {bits: 4, rank: 8}, b: {tiers: [{bits: 4}], energy: 0.9}, c: {columns: 8, keep: 0.5}}",
     "{}",
 ]
