@@ -236,6 +236,26 @@ def extended_world(old: World, folder: Path, rows: int = 1500, seed: int = 11) -
     return World(folder, raw, run, dataset, save_random_checkpoint(run, dataset, folder / "checkpoint", seed + 1))
 
 
+def large_world(folder: Path, users: int = 21_000, rows: int = 36_000) -> World:
+    """So many users that some share their loose key, and nearly all of them seen once in training."""
+    raw, rng = raw_log(rows, 5), np.random.default_rng(6)
+    train = round(0.7 * rows)
+    again = rng.integers(0, users, train - users)
+    user = np.concatenate([rng.permutation(np.concatenate([np.arange(users), again])), rng.permutation(users)])
+    raw = raw.set_column(0, "user_id", pa.array(user[:rows].astype(np.int64)))
+    write_log(raw, folder / "log")
+    run = run_config(folder / "log", tasks=("click",), arch="dcn", catalogue=False)
+    run = run.model_copy(update={"data": run.data.model_copy(update={"min_count": 1})})
+    dataset = prepare_here(run, raw, folder / "prepared")
+    return World(folder, raw, run, dataset, save_random_checkpoint(run, dataset, folder / "checkpoint", 6))
+
+
+@functools.cache
+def large_world_in(base: Path) -> World:
+    """The large world of a test session."""
+    return large_world(base / "large")
+
+
 def mixed_plan() -> CompressionPlan:
     """Bits and cuts of every kind: what most artifacts of these tests are made with."""
     return CompressionPlan(

@@ -148,6 +148,31 @@ def test_predicted_loss_of_a_cut_is_that_of_reading_the_mean(world: World, table
     assert (found.shared >= found.cut - 1e-9).all(), "unknown ids lose too when they share a row"
 
 
+@pytest.mark.parametrize("table", ["user_id", "item_id", "city"])
+@pytest.mark.parametrize("order", ["frequency", "fisher"])
+def test_predicted_loss_of_reading_a_centroid_is_the_naive_sum(world: World, table: str, order: str) -> None:
+    fisher, training = fisher_of(world), world.dataset.rows("train")
+    profiles = profile_tables(world.checkpoint, world.dataset, quiet, order, fisher, (4, 16))  # type: ignore[arg-type]
+    profile = profiles[table]
+    found = predict_table(world.checkpoint, profile, fisher[table], training)
+    assert list(found.nearest) == [4, 16]
+    weight = world.checkpoint.read(f"tables/{table}/weight").double().numpy()
+    counts = world.dataset.counts(table)
+    for count, losses in found.nearest.items():
+        assert losses.shape == (len(profile.edges) - 1,)
+        book = profile.codebooks[count]
+        for bucket in range(len(profile.edges) - 1):
+            rows = profile.order[profile.edges[bucket] : profile.edges[bucket + 1]]
+            errors = book.centroids[book.numbers[rows]] - weight[rows]
+            expected = 0.5 / training * naive_quadratic(errors, counts[rows], fisher[table])
+            assert losses[bucket] == pytest.approx(expected, rel=1e-4, abs=1e-9)
+    assert found.nearest[16].sum() < found.nearest[4].sum()
+
+
+def test_predicted_loss_of_no_codebook_is_none(world: World) -> None:
+    assert predict_table(world.checkpoint, world.profiles["city"], fisher_of(world)["city"], 1000).nearest == {}
+
+
 def test_predicted_loss_from_a_sample_of_a_bucket_is_near_the_whole(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

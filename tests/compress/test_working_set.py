@@ -5,15 +5,18 @@ from __future__ import annotations
 import functools
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from compress_builders import World, quiet
+from compress_builders import World, large_world_in, quiet
 from rich_builders import rich_world_in
 
 from compress.artifact import load_artifact
 from compress.compressor import ResolvedTable, compress, resolve
-from compress.config import CompressionPlan, Order
+from compress.config import CompressionPlan
+from compress.ids import loose_bits
+from compress.methods.prune import Score
 from compress.model import CompressedModel, translate_rows
 from compress.search.profile import TableProfile, profile_tables
 from compress.search.sensitivity import sensitivities
@@ -21,7 +24,8 @@ from compress.search.working_set import WorkingSet, extract, score, trial_model
 from trainer.data.reader import Rows, read_split
 
 TWO = [{"bits": 8, "keep": 0.1}, {"bits": 4, "keep": 0.5}]
-PLANS = {
+ZONE = {"tiers": [{"bits": 4, "keep": 0.2}, {"bits": 0, "keep": 0.6}], "unknown": "shared"}
+PLANS: dict[str, dict[str, Any]] = {
     "int8": {"default": {"bits": 8}},
     "fp32": {"default": {"bits": 32}},
     "fp16 pruned": {"default": {"bits": 16, "keep": 0.4}},
@@ -39,6 +43,16 @@ PLANS = {
         },
     },
     "centroids": {"default": {"tiers": TWO, "centroids": 5}},
+    "many centroids": {"default": {"bits": 4, "keep": 0.2, "centroids": 256}},
+    "bits 0": {"default": {"tiers": [*TWO, {"bits": 0}], "centroids": 16}},
+    "bits 0, the mean": {"default": {"tiers": [{"bits": 4, "keep": 0.2}, {"bits": 0}]}},
+    "bits 0, forgotten": {"default": {**ZONE, "centroids": 4}},
+    "bits 0, mean, forgotten": {"default": ZONE},
+    "bits 0, by fisher, forgotten": {"order": "fisher", "default": {**ZONE, "centroids": 16}},
+    "all read centroids": {"default": {"tiers": [{"bits": 0}], "centroids": 4}},
+    "all read centroids or are forgotten": {
+        "default": {"tiers": [{"bits": 0, "keep": 0.4}], "centroids": 4, "unknown": "shared"}
+    },
     "forgotten": {"default": {"bits": 4, "keep": 0.3, "unknown": "shared"}},
     "tiers, forgotten": {"default": {"tiers": TWO, "unknown": "shared"}},
     "all forgotten": {"default": {"bits": 8, "keep": 1e-9, "unknown": "shared"}},
@@ -47,6 +61,7 @@ PLANS = {
     "by fisher": {"order": "fisher", "default": {"tiers": TWO}},
     "low rank": {"default": {"bits": 8, "rank": 8}},
     "low rank, tiers": {"default": {"tiers": TWO, "rank": 8, "centroids": 2}},
+    "low rank, bits 0": {"default": {**ZONE, "rank": 8, "centroids": 4}},
     "energy, by fisher": {"order": "fisher", "default": {"bits": 8, "energy": 0.8, "keep": 0.5, "unknown": "shared"}},
     "columns": {"default": {"bits": 4, "columns": 8, "keep": 0.5}},
     "mixed": {
@@ -66,10 +81,10 @@ def fisher_of(world: World) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def profiles_by(world: World, order: Order) -> dict[str, TableProfile]:
+def profiles_by(world: World, order: Score) -> dict[str, TableProfile]:
     """Profiles of a world's tables, ranked so."""
     fisher = fisher_of(world) if order == "fisher" else None
-    return profile_tables(world.checkpoint, world.dataset, quiet, order, fisher)
+    return profile_tables(world.checkpoint, world.dataset, quiet, order, fisher, (2, 4, 16))
 
 
 @functools.cache
@@ -87,7 +102,7 @@ def some_rows(world: World, size: int) -> Rows:
     return rows.take(np.linspace(0, len(rows) - 1, size).astype(np.int64))
 
 
-def working_set(world: World, rows: Rows, order: Order = "frequency") -> WorkingSet:
+def working_set(world: World, rows: Rows, order: Score = "frequency") -> WorkingSet:
     return extract(world.checkpoint, world.dataset.transform, profiles_by(world, order), rows)
 
 
@@ -156,7 +171,7 @@ def test_trial_scores_are_exactly_the_artifacts(world: World, name: str, size: i
 
 @pytest.mark.parametrize("name", PLANS)
 def test_trial_whose_rows_are_all_kept_scores_as_the_artifact(world: World, name: str) -> None:
-    """Rows whose users, items and towns are the most frequent: cuts, bands and late tiers are there, untouched."""
+    """Rows whose users, items and towns are the most frequent: cuts, centroids and late tiers are there, untouched."""
     rows = read_split(world.dataset, "val")
     ranks = {n: profiles_by(world, "frequency")[n].ranks() for n in ("user_id", "item_id", "city")}
     often = [
@@ -169,7 +184,7 @@ def test_trial_whose_rows_are_all_kept_scores_as_the_artifact(world: World, name
     check_trial(world, name, rows.take(index[:3]))
 
 
-@pytest.mark.parametrize("name", ["tiers", "tiers, forgotten", "four tiers", "by norm"])
+@pytest.mark.parametrize("name", ["tiers", "tiers, forgotten", "four tiers", "by norm", "bits 0, forgotten"])
 @pytest.mark.parametrize("index", [0, 7, 31, 100, 333])
 def test_trial_of_a_single_row_scores_as_the_artifact(world: World, name: str, index: int) -> None:
     check_trial(world, name, read_split(world.dataset, "val").take(np.array([index])))
@@ -210,7 +225,16 @@ def test_trial_of_two_tasks_scores_as_its_artifact(two_tasks: World, name: str) 
 
 
 @pytest.mark.parametrize(
-    "name", ["int4 pruned", "tiers", "centroids", "tiers, forgotten", "by frequency and norm", "all forgotten"]
+    "name",
+    [
+        "int4 pruned",
+        "tiers",
+        "centroids",
+        "tiers, forgotten",
+        "by frequency and norm",
+        "all forgotten",
+        "bits 0, forgotten",
+    ],
 )
 @pytest.mark.parametrize("size", [2, 50])
 def test_trial_of_sequences_scores_as_its_artifact(
@@ -228,6 +252,63 @@ def test_trial_does_not_write_into_what_is_shared(world: World) -> None:
     for array in (*working.weights.values(), *working.ranks.values(), *working.dense.values()):
         array.flags.writeable = False
     before = {k: v.copy() for k, v in working.weights.items()}
-    for name in ("mixed", "tiers, forgotten"):
-        score(working, resolve(CompressionPlan.model_validate(PLANS[name]), world.profiles))
+    for array in (*working.mates.values(), *(a for books in working.clusters.values() for a in books.values())):
+        array.flags.writeable = False
+    for name in ("mixed", "tiers, forgotten", "bits 0, forgotten"):
+        score(working, slim_resolved(world, CompressionPlan.model_validate(PLANS[name])))
     assert all(np.array_equal(before[k], v) for k, v in working.weights.items())
+
+
+# -- ids that share a class ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def large(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """21,000 users, each seen once or so: some share their loose key."""
+    return large_world_in(tmp_path_factory.getbasetemp())
+
+
+def classmates(world: World) -> dict[int, list[int]]:
+    """Training rows of users by the loose key that they share with another, one by one."""
+    id_map = world.dataset.transform.id_maps["user_id"]
+    bits = loose_bits(id_map.size + 2)
+    found: dict[int, list[int]] = {}
+    for row, key in enumerate(id_map.keys_by_row(), 2):
+        found.setdefault(int(key) >> (64 - bits), []).append(row)
+    return {c: rows for c, rows in found.items() if len(rows) > 1}
+
+
+def test_working_set_knows_every_mate_of_its_rows(large: World) -> None:
+    rows = read_split(large.dataset, "val")
+    working, ranks = working_set(large, rows), profiles_by(large, "frequency")["user_id"].ranks()
+    touched = set(rows.encoded.sparse["user_id"].values.tolist())
+    expected = {
+        (int(ranks[one]), int(ranks[other]))
+        for together in classmates(large).values()
+        for one in together
+        for other in together
+        if one != other and one in touched
+    }
+    mates = working.mates["user_id"]
+    assert {(int(working.ranks["user_id"][place]), int(rank)) for place, rank in mates} == expected
+    assert len(expected) > 20
+    assert working.mates["city"].shape == (0, 2)
+
+
+@pytest.mark.parametrize("name", ["bits 0, forgotten", "bits 0, mean, forgotten", "bits 0", "centroids", "forgotten"])
+def test_trial_whose_forgotten_ids_are_taken_for_others_scores_as_the_artifact(large: World, name: str) -> None:
+    rows = read_split(large.dataset, "val")
+    layout = slim_resolved(large, CompressionPlan.model_validate(PLANS[name]))["user_id"].layout
+    ranks = profiles_by(large, "frequency")["user_id"].ranks()
+    touched = set(rows.encoded.sparse["user_id"].values.tolist())
+    taken = [
+        row
+        for together in classmates(large).values()
+        for row in together
+        if row in touched and ranks[row] >= layout.zone and any(layout.kept <= ranks[r] < layout.zone for r in together)
+    ]
+    assert (len(taken) > 3) == (name in ("bits 0, forgotten", "bits 0, mean, forgotten"))
+    check_trial(large, name, rows)
+    mistaken = np.flatnonzero(np.isin(rows.encoded.sparse["user_id"].values, taken))
+    for index in mistaken[:3]:
+        check_trial(large, name, rows.take(np.array([index])))
