@@ -303,7 +303,7 @@ class Segments:
         wanted = -(-size * self.bits // 8)
         if sum(self.rows) != size or len(packed) != wanted:
             raise ArtifactError(
-                f"segments of {self.rows[:5]} rows in {size}: their numbers take {wanted} bytes, there are {len(packed)}"
+                f"segments of {self.rows[:5]} rows in {size}, numbers of {wanted} bytes in {len(packed)}"
             )
         numbers = unpack_numbers(packed, size, self.bits)
         remap = np.arange(size + RESERVED_ROWS, dtype=np.int32)

@@ -236,13 +236,14 @@ def extended_world(old: World, folder: Path, rows: int = 1500, seed: int = 11) -
     return World(folder, raw, run, dataset, save_random_checkpoint(run, dataset, folder / "checkpoint", seed + 1))
 
 
-def large_world(folder: Path, users: int = 21_000, rows: int = 36_000) -> World:
-    """So many users that some share their loose key, and nearly all of them seen once in training."""
-    raw, rng = raw_log(rows, 5), np.random.default_rng(6)
-    train = round(0.7 * rows)
-    again = rng.integers(0, users, train - users)
-    user = np.concatenate([rng.permutation(np.concatenate([np.arange(users), again])), rng.permutation(users)])
-    raw = raw.set_column(0, "user_id", pa.array(user[:rows].astype(np.int64)))
+def large_world(folder: Path, users: int = 20_500, rows: int = 30_000) -> World:
+    """So many users that some share their loose key; the training split has each of them."""
+    rng = np.random.default_rng(6)
+    raw = pa.concat_tables([raw_log(3000, 5)] * (rows // 3000))
+    user = np.concatenate([rng.permutation(users), rng.integers(0, users, round(0.7 * rows) - users)])
+    user = np.concatenate([user, rng.permutation(users)])[:rows]
+    raw = raw.set_column(0, "user_id", pa.array(user.astype(np.int64)))
+    raw = raw.set_column(raw.column_names.index("when"), "when", pa.array(np.arange(rows)))
     write_log(raw, folder / "log")
     run = run_config(folder / "log", tasks=("click",), arch="dcn", catalogue=False)
     run = run.model_copy(update={"data": run.data.model_copy(update={"min_count": 1})})

@@ -46,8 +46,8 @@ PLANS: dict[str, dict[str, Any]] = {
     "many centroids": {"default": {"bits": 4, "keep": 0.2, "centroids": 256}},
     "bits 0": {"default": {"tiers": [*TWO, {"bits": 0}], "centroids": 16}},
     "bits 0, the mean": {"default": {"tiers": [{"bits": 4, "keep": 0.2}, {"bits": 0}]}},
-    "bits 0, forgotten": {"default": {**ZONE, "centroids": 4}},
-    "bits 0, mean, forgotten": {"default": ZONE},
+    "bits 0, forgotten": {"order": "norm", "default": {**ZONE, "centroids": 4}},
+    "bits 0, mean, forgotten": {"order": "norm", "default": ZONE},
     "bits 0, by fisher, forgotten": {"order": "fisher", "default": {**ZONE, "centroids": 16}},
     "all read centroids": {"default": {"tiers": [{"bits": 0}], "centroids": 4}},
     "all read centroids or are forgotten": {
@@ -255,7 +255,8 @@ def test_trial_does_not_write_into_what_is_shared(world: World) -> None:
     for array in (*working.mates.values(), *(a for books in working.clusters.values() for a in books.values())):
         array.flags.writeable = False
     for name in ("mixed", "tiers, forgotten", "bits 0, forgotten"):
-        score(working, slim_resolved(world, CompressionPlan.model_validate(PLANS[name])))
+        plan = CompressionPlan.model_validate(PLANS[name]).model_copy(update={"order": "frequency"})
+        score(working, slim_resolved(world, plan))
     assert all(np.array_equal(before[k], v) for k, v in working.weights.items())
 
 
@@ -298,8 +299,8 @@ def test_working_set_knows_every_mate_of_its_rows(large: World) -> None:
 @pytest.mark.parametrize("name", ["bits 0, forgotten", "bits 0, mean, forgotten", "bits 0", "centroids", "forgotten"])
 def test_trial_whose_forgotten_ids_are_taken_for_others_scores_as_the_artifact(large: World, name: str) -> None:
     rows = read_split(large.dataset, "val")
-    layout = slim_resolved(large, CompressionPlan.model_validate(PLANS[name]))["user_id"].layout
-    ranks = profiles_by(large, "frequency")["user_id"].ranks()
+    plan = CompressionPlan.model_validate(PLANS[name])
+    layout, ranks = slim_resolved(large, plan)["user_id"].layout, profiles_by(large, plan.order)["user_id"].ranks()
     touched = set(rows.encoded.sparse["user_id"].values.tolist())
     taken = [
         row
