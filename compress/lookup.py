@@ -149,11 +149,22 @@ class Lookup:
         pieces, size = pieces_of(tables)
         pieces = [p for p in pieces if p.table in self.table_of]  # the TBE takes no table that nobody reads
         place = {(p.table, p.tier): i for i, p in enumerate(pieces)}
-        spread = [(f, t, k) for f, t in enumerate(self.table_of) for k in range(len(tables[t].tiers))]
+        # the first tier of each lookup, then the second of those that have one, ...
+        spread = sorted(
+            ((f, t, k) for f, t in enumerate(self.table_of) for k in range(len(tables[t].tiers))), key=lambda s: s[2]
+        )
         self.split = len(spread) > len(lookups)
         self.lookup_of_P = torch.tensor([f for f, _, _ in spread])
         self.first_P = torch.tensor([tables[t].firsts[k] for _, t, k in spread], dtype=torch.int32)
         self.rows_P = torch.tensor([tables[t].tiers[k].rows for _, t, k in spread], dtype=torch.int32)
+        self.rows_F = torch.tensor([tables[t].rows for t in self.table_of], dtype=torch.int32)
+        self.widths = [tables[t].width for t in self.table_of]
+        starts = np.cumsum([0, *self.widths])
+        more = [np.arange(starts[f], starts[f + 1]) for f, _, k in spread if k]
+        counts = [
+            sum(self.widths[f] for f, _, k in spread if k == each) for each in range(1, 1 + max(k for *_, k in spread))
+        ]
+        self.columns = list(torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *more])).split(counts))
         level = logging.getLogger().level
         logging.getLogger().setLevel(logging.WARNING)  # the TBE logs its whole make-up on the root logger
         self.tbe = IntNBitTableBatchedEmbeddingBagsCodegen(
@@ -187,43 +198,51 @@ class Lookup:
     def _by_tier(self, sparse: KeyedJaggedTensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Ids, offsets and weights for the TBE: each lookup's once for each of its tiers."""
         lengths_FB = sparse.lengths().view(len(self.names), -1)
-        lengths_PB = lengths_FB[self.lookup_of_P]
+        values = sparse.values().int()
+        if values.numel() == lengths_FB.numel() and bool((lengths_FB == 1).all()):
+            return self._one_id_each(values.view_as(lengths_FB), self._weights(sparse))
         counts_F = lengths_FB.sum(1)
+        lookup = torch.repeat_interleave(torch.arange(len(counts_F)), counts_F, output_size=values.numel())
+        self._check_rows(values >= self.rows_F[lookup], lookup)
         starts_F = counts_F.cumsum(0) - counts_F
         counts_P = counts_F[self.lookup_of_P]
         moved_P = starts_F[self.lookup_of_P] - (counts_P.cumsum(0) - counts_P)
         total = int(counts_P.sum())
         piece = torch.repeat_interleave(torch.arange(len(counts_P)), counts_P, output_size=total)
         source = torch.arange(total) + moved_P[piece]
-        local = sparse.values().int()[source] - self.first_P[piece]
-        self._check_rows(local, piece)
+        local = values[source] - self.first_P[piece]
         inside = (local >= 0) & (local < self.rows_P[piece])
-        offsets = torch.nn.functional.pad(lengths_PB.flatten().cumsum(0), (1, 0)).int()
+        offsets = torch.nn.functional.pad(lengths_FB[self.lookup_of_P].flatten().cumsum(0), (1, 0)).int()
         weights = self._weights(sparse)
         return torch.where(inside, local, -1), offsets, None if weights is None else weights[source]
 
-    def _check_rows(self, local: Tensor, piece: Tensor) -> None:
-        last_P = torch.diff(self.lookup_of_P, append=torch.tensor([-1])) != 0
-        beyond = (local >= self.rows_P[piece]) & last_P[piece]
+    def _one_id_each(self, values_FB: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The same for bags of one id, which most features have."""
+        self._check_rows((values_FB >= self.rows_F[:, None]).any(1), torch.arange(len(values_FB)))
+        local_PB = values_FB[self.lookup_of_P] - self.first_P[:, None]
+        inside = (local_PB >= 0) & (local_PB < self.rows_P[:, None])
+        spread = None if weights is None else weights.view_as(values_FB)[self.lookup_of_P].flatten()
+        offsets = torch.arange(local_PB.numel() + 1, dtype=torch.int32)
+        return torch.where(inside, local_PB, -1).flatten(), offsets, spread
+
+    def _check_rows(self, beyond: Tensor, lookup: Tensor) -> None:
         if bool(beyond.any()):
-            name = self.names[int(self.lookup_of_P[piece[beyond.int().argmax()]])]
-            raise RuntimeError(f"{name}: an id is not a row of its table")
+            raise RuntimeError(f"{self.names[int(lookup[beyond.int().argmax()])]}: an id is not a row of its table")
 
     def _widened(self, pooled_BP: Tensor) -> Tensor:
         """Tiers of a lookup summed, narrow rows widened by their decoder: (B, D)."""
-        if not self.split and not self.decoders:
-            return pooled_BP
-        tables = [self.tables[t] for t in self.table_of]
-        shapes = {(t.width, len(t.tiers)) for t in tables}
-        if not self.decoders and len(shapes) == 1:
-            (width, count), rows = shapes.pop(), len(pooled_BP)
-            return _summed(pooled_BP.view(rows, len(tables), count, width)).view(rows, -1)
+        summed = pooled_BP
+        if self.split:
+            first, *later = pooled_BP.split([sum(self.widths), *map(len, self.columns)], dim=1)
+            summed = first.contiguous()
+            for columns, tier in zip(self.columns, later, strict=True):
+                summed.index_add_(1, columns, tier)
+        if not self.decoders:
+            return summed
         parts = []
-        of_lookup = pooled_BP.split([t.width * len(t.tiers) for t in tables], dim=1)
-        for table, part in zip(tables, of_lookup, strict=True):
-            summed = _summed(part.unflatten(1, (len(table.tiers), table.width)))
-            decoder = self.decoders.get(table.name)
-            parts.append(summed if decoder is None else summed @ decoder)
+        for table, part in zip(self.table_of, summed.split(self.widths, dim=1), strict=True):
+            decoder = self.decoders.get(self.tables[table].name)
+            parts.append(part if decoder is None else part @ decoder)
         return torch.cat(parts, dim=1)
 
     def _weights(self, sparse: KeyedJaggedTensor) -> Tensor | None:

@@ -26,6 +26,7 @@ from trainer.models.ranker import BatchNorm, Dropout
 
 Inputs = Sequence[tuple[Tensor, Tensor]]  # batches of (dense (B, I), looked up (B, L))
 Kind = Literal["fp32", "bf16", "int8", "row8"]
+NeuronScore = Literal["activation", "fisher"]
 
 SAMPLE_ROWS = 4096  # rows of a layer's inputs that its scale is chosen on
 CLIPS = (0.0, 1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # shares of the values that each end of a range leaves out
@@ -38,17 +39,20 @@ class DensePlan(Config):
     """What to do to the dense part.
 
     `activations`: one calibrated scale a layer ("static"), or one a row ("row", torch only). `keep_neurons` is the
-    share of each hidden layer's neurons that stay, `rank` the share of a layer's output energy that its low-rank form
-    keeps (null: no factors), `distill_steps` how long the smaller head then learns from the one it came from. A layer
-    takes fewer bits where the held-out loss stays within `max_loss` (relative, all layers together). `backend` "auto"
-    takes the faster one on the machine that loads it.
+    share of each hidden layer's neurons that stay, by `neurons`: how much they vary and what reads them, or what the
+    loss would lose. `rank` is the share of a layer's output energy that its low-rank form keeps (null: no factors).
+    `distill_steps`: how long the smaller head then learns from the one it came from, with `rounds` little by little. A
+    layer takes fewer bits where the held-out loss stays within `max_loss` (relative, all layers together). `backend`
+    "auto" takes the faster one on the machine that loads it.
     """
 
     dtype: Literal["fp32", "bf16", "int8"] = "fp32"
     activations: Literal["static", "row"] = "static"
     keep_neurons: float = Field(default=1.0, gt=0, le=1)
+    neurons: NeuronScore = "activation"
     rank: float | None = Field(default=None, gt=0, le=1)
     distill_steps: int = Field(default=0, ge=0)
+    rounds: int = Field(default=1, ge=1, le=100)
     max_loss: float = Field(default=0.0005, ge=0)
     backend: Literal["auto", "torch", "onnx"] = "auto"
 
@@ -85,17 +89,22 @@ def compress_head(
 ) -> tuple[nn.Module, list[LayerStep]]:
     """All that a plan asks for: fewer neurons, lower rank, `steps` of distillation on `lessons`, then fewer bits.
 
+    Neurons go in the plan's `rounds`, the same share of those left in each, and the steps are divided among the rounds.
+
     `loss` and `budget` are those of `quantize_head`: the gate is on the last step alone, so whoever narrows a head
     compares its loss with the original's.
     Raises: PlanError as its parts do.
     """
     small = simplify(head)
-    if plan.keep_neurons < 1:
-        small = prune_neurons(small, calibration, plan.keep_neurons)
-    if plan.rank is not None:
-        small = factor_layers(small, calibration, plan.rank)
-    if steps:
-        distill_head(small, head, lessons, steps)
+    taught = iter(lessons)
+    for number in range(plan.rounds if plan.keep_neurons < 1 else 1):
+        if plan.keep_neurons < 1:
+            small = prune_neurons(small, calibration, plan.keep_neurons ** (1 / plan.rounds), plan.neurons)
+        last = number == plan.rounds - 1 or plan.keep_neurons == 1
+        if plan.rank is not None and last:
+            small = factor_layers(small, calibration, plan.rank)
+        if steps:
+            distill_head(small, head, taught, steps // plan.rounds if plan.keep_neurons < 1 else steps)
     return quantize_head(small, calibration, loss, budget, plan)
 
 
@@ -272,10 +281,13 @@ def _converted(linear: nn.Linear, kind: Kind, sample: Tensor) -> nn.Module:
     return to_row8(linear) if kind == "row8" else to_bf16(linear)
 
 
-def prune_neurons(head: nn.Module, calibration: Inputs, keep: float, multiple: int = 16) -> nn.Module:
+def prune_neurons(
+    head: nn.Module, calibration: Inputs, keep: float, score: NeuronScore = "activation", multiple: int = 16
+) -> nn.Module:
     """Take hidden neurons out of every MLP: those that the next layer can do without; the rest stand in for them.
 
-    A neuron counts by its variance times the squared norm of its outgoing weights. The next layer reads the best
+    A neuron counts by its variance times the squared norm of its outgoing weights ("activation"), or by what the loss
+    would lose if it stood at its mean ("fisher"). The next layer reads the best
     linear guess of what it loses: W_OS = W_OH C_HS C_SS^-1, means folded into the bias (least squares on the sample).
     Widths are rounded up to `multiple`. Only neurons between two Linear of one Sequential go.
     """
@@ -288,12 +300,40 @@ def prune_neurons(head: nn.Module, calibration: Inputs, keep: float, multiple: i
         if width == first.out_features:
             continue
         hidden_BH = layer_inputs(head, [after], calibration, rows=8 * SAMPLE_ROWS)[after]
-        score_H = hidden_BH.var(0) * second.weight.detach().square().sum(0)
+        if score == "fisher":
+            score_H = neuron_fisher(head, after, calibration)
+        else:
+            score_H = hidden_BH.var(0) * second.weight.detach().square().sum(0)
         stay_S = score_H.topk(width).indices.sort().values
         weight_OS, bias_O = _folded(second, hidden_BH, stay_S)
         replace(head, before, _linear(first.weight.detach()[stay_S], first.bias.detach()[stay_S]))
         replace(head, after, _linear(weight_OS, bias_O))
     return head
+
+
+def neuron_fisher(head: nn.Module, reader: str, calibration: Inputs) -> Tensor:
+    """E[p (1 - p) ((h - mean) dz/dh)^2] (H,) of the neurons h that a named layer reads, over rows and tasks.
+
+    Source: Molchanov et al., Importance Estimation for Neural Network Pruning, 2019, with the Gauss-Newton weight of a
+    log loss in place of labels.
+    """
+    seen: list[Tensor] = []
+    hook = head.get_submodule(reader).register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    parts: list[tuple[Tensor, Tensor]] = []
+    try:
+        for dense, looked_up in calibration:
+            logits_BT = head(dense.clone(), looked_up.clone())
+            hidden_BH = seen.pop()
+            spread_BT = torch.sigmoid(logits_BT.detach())
+            spread_BT = (spread_BT * (1 - spread_BT)).sqrt()
+            for task in range(logits_BT.shape[1]):
+                total = (logits_BT[:, task] * spread_BT[:, task]).sum()
+                (gradient_BH,) = torch.autograd.grad(total, hidden_BH, retain_graph=True)
+                parts.append((hidden_BH.detach(), gradient_BH))
+    finally:
+        hook.remove()
+    hidden, gradient = (torch.cat(part) for part in zip(*parts, strict=True))
+    return ((hidden - hidden.mean(0)) * gradient).square().mean(0)
 
 
 def hidden_pairs(head: nn.Module) -> list[tuple[str, str]]:

@@ -1,16 +1,16 @@
-"""Low rank: narrow rows and a small matrix after pooling, or one linear layer as two.
+"""Low rank: narrow rows and a small matrix after pooling.
 
 Pooling is linear, so a table of rows w (D,) may store w @ encoder (r,) and multiply by decoder (r, D) after pooling.
 What counts is the loss over lookups: rows are weighted by how often they are read, and errors by a metric F (D, D), the
 Fisher matrix of the pooled output, where there is one. Both come as small matrices that one streamed pass sums up.
 
-Legend: N rows, D embedding dim, r rank, I inputs, O outputs of a linear layer.
+Legend: N rows, D embedding dim, r rank.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compress.errors import PlanError
 
@@ -60,34 +60,6 @@ def rank_for_energy(energies_D: Tensor, energy: float) -> int:
     kept_D = energies_D.clamp_min(0).double().cumsum(0)
     enough = kept_D >= energy * kept_D[-1] * (1 - 1e-12)
     return int(enough.int().argmax()) + 1
-
-
-def factor_linear(
-    linear: nn.Linear,
-    rank: int | None = None,
-    energy: float | None = None,
-    input_second_moment_II: Tensor | None = None,
-) -> nn.Sequential:
-    """Two layers, (I -> r) without bias and (r -> O), of least squared error of the outputs.
-
-    input_second_moment_II: the sum of x x' over inputs seen, so that directions that inputs do not take cost nothing;
-    without it all directions weigh the same (a plain SVD of the weight).
-    Raises: PlanError as `factor`; the rank is at most min(I, O).
-    """
-    weight_OI = linear.weight.detach().double()
-    outputs, inputs = weight_OI.shape
-    root_II, inverse_II = _roots(input_second_moment_II, inputs, "input second moment")
-    left_Ok, values_k, right_kI = torch.linalg.svd(weight_OI @ root_II, full_matrices=False)
-    rank = _rank(values_k.square(), rank, energy)
-    first = nn.Linear(inputs, rank, bias=False)
-    second = nn.Linear(rank, outputs, bias=linear.bias is not None)
-    spread_r = values_k[:rank].sqrt()  # shared between both, so that neither has weights of another scale
-    with torch.no_grad():
-        first.weight.copy_(spread_r[:, None] * right_kI[:rank] @ inverse_II)
-        second.weight.copy_(left_Ok[:, :rank] * spread_r)
-        if linear.bias is not None:
-            second.bias.copy_(linear.bias)
-    return nn.Sequential(first, second).to(linear.weight.dtype)
 
 
 def _rank(energies_k: Tensor, rank: int | None, energy: float | None) -> int:

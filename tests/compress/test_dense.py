@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +37,7 @@ from compress.methods.dense import (
     factor_layers,
     input_scale,
     linears,
+    neuron_fisher,
     prune_neurons,
     quantize_head,
     simplify,
@@ -44,6 +47,11 @@ from compress.methods.dense import (
 ARCHS = ("dcn", "deepfm", "dlrm", "mmoe")
 INT8 = DensePlan(dtype="int8")
 WIDTH = 6 * 8 - 4  # of the lookups of make_head
+
+
+def paths_in(folder: Path) -> dict[str, Path]:
+    """The files of a folder by name."""
+    return {path.name: path for path in folder.iterdir()}
 
 
 def batches(count: int, rows: int = 256, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -269,7 +277,7 @@ def test_files_bring_the_same_scores_back(tmp_path, plan):
     small, _ = quantize_head(small, batches(4), flat_loss, 0.0, plan)
     runtime = make_runtime(small, make_sides(shape, SIDES["grouped"]), plan)
     runtime.save(tmp_path)
-    again = load_runtime(tmp_path, make_head("dlrm", batch_norm=True)[0], runtime.sides)
+    again = load_runtime(paths_in(tmp_path), make_head("dlrm", batch_norm=True)[0], runtime.sides)
     dense, looked_up = batches(1, seed=8)[0]
     with torch.inference_mode():
         assert torch.equal(again(dense, looked_up), runtime(dense, looked_up))
@@ -338,7 +346,7 @@ def test_damaged_files_are_refused(tmp_path):
 
     def refused(match: str) -> None:
         with pytest.raises(ArtifactError, match=match):
-            load_runtime(tmp_path, head, sides)
+            load_runtime(paths_in(tmp_path), head, sides)
 
     wrong = json.loads(json.dumps(spec))
     wrong["layers"]["top.0"]["outputs"] = 1 << 19
@@ -361,7 +369,7 @@ def test_damaged_files_are_refused(tmp_path):
     (tmp_path / GRAPH).write_bytes(b"\x08\x07 not a graph")
     refused(GRAPH)
     (tmp_path / GRAPH).unlink()
-    assert load_runtime(tmp_path, head, sides).backend == "torch"
+    assert load_runtime(paths_in(tmp_path), head, sides).backend == "torch"
 
 
 def test_graph_that_reads_other_files_is_refused(tmp_path):
@@ -373,12 +381,12 @@ def test_graph_that_reads_other_files_is_refused(tmp_path):
     model.graph.initializer[0].external_data.add(key="location", value="../secret")
     (tmp_path / GRAPH).write_bytes(model.SerializeToString())
     with pytest.raises(ArtifactError, match="other files"):
-        load_runtime(tmp_path, head, sides)
+        load_runtime(paths_in(tmp_path), head, sides)
     model = onnx.load(tmp_path / GRAPH, load_external_data=False)
     model.graph.node[0].domain = "com.evil"
     (tmp_path / GRAPH).write_bytes(model.SerializeToString())
     with pytest.raises(ArtifactError, match="code of its own"):
-        load_runtime(tmp_path, head, sides)
+        load_runtime(paths_in(tmp_path), head, sides)
 
 
 def test_row_scales_span_one_row():
@@ -390,3 +398,48 @@ def test_row_scales_span_one_row():
     error = (layer(x) - exact).norm(dim=1)[:3] / exact.norm(dim=1)[:3]
     assert error.max() < 0.02
     assert torch.equal(layer(x)[3], torch.zeros(8))
+
+
+def test_fisher_finds_the_neurons_that_the_loss_minds() -> None:
+    """By hand for one hidden layer: the gradient of the logit by a neuron is its outgoing weight."""
+    torch.manual_seed(3)
+    head = TwoLayers()
+    batches = [(torch.randn(300, 5), torch.randn(300, 3)) for _ in range(2)]
+    hidden = torch.cat([torch.relu(head.mlp[0](torch.cat(b, dim=1))) for b in batches]).detach()
+    p = torch.sigmoid(torch.cat([head(*b) for b in batches]).detach())
+    expected = (p * (1 - p) * ((hidden - hidden.mean(0)) * head.mlp[2].weight.detach()).square()).mean(0)
+    torch.testing.assert_close(neuron_fisher(head, "mlp.2", batches), expected, rtol=1e-4, atol=1e-8)
+    kept = prune_neurons(head, batches, 0.5, "fisher", multiple=1).mlp[0].weight
+    wanted = head.mlp[0].weight[expected.topk(8).indices.sort().values]
+    torch.testing.assert_close(kept, wanted)
+
+
+class TwoLayers(torch.nn.Module):
+    """8 inputs, 16 neurons of very different weight, one logit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1))
+        with torch.no_grad():
+            self.mlp[2].weight *= torch.logspace(-2, 1, 16)
+
+    def forward(self, dense: torch.Tensor, looked_up: torch.Tensor) -> torch.Tensor:
+        """Logits (B, 1)."""
+        return self.mlp(torch.cat([dense, looked_up], dim=1))
+
+
+def test_neurons_go_little_by_little_with_lessons_between() -> None:
+    head = make_head("dlrm")[0]
+    seen: list[int] = []
+
+    def lessons() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        while True:
+            seen.append(1)
+            yield batches(1)[0]
+
+    plan = DensePlan(keep_neurons=0.25, rounds=2, distill_steps=6)
+    small, _ = compress_head(head, plan, batches(4), lambda _head: 1.0, 0.0, lessons(), plan.distill_steps)
+    widths = {n: m.out_features for n, m in linears(small).items()}
+    once, _ = compress_head(head, DensePlan(keep_neurons=0.25), batches(4), lambda _head: 1.0, 0.0)
+    assert widths == {n: m.out_features for n, m in linears(once).items()}
+    assert 6 <= len(seen) <= 7

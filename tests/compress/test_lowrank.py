@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compress.errors import PlanError
-from compress.methods.lowrank import energies, factor, factor_linear, rank_for_energy, second_moment
+from compress.methods.lowrank import energies, factor, rank_for_energy, second_moment
 
 
 def rows_and_weights(rows: int = 300, dim: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -127,43 +127,6 @@ def test_factor_by_energy_keeps_that_share() -> None:
             assert lost(rows_ND, weight_N, lower, identity) > (1 - energy) * total
 
 
-@pytest.mark.parametrize("rank", [1, 5, 8])
-@pytest.mark.parametrize("bias", [False, True])
-def test_factor_linear_is_the_svd_of_the_weight(rank: int, bias: bool) -> None:
-    torch.manual_seed(0)
-    linear = nn.Linear(10, 8, bias=bias)
-    two = factor_linear(linear, rank=rank)
-    left, values, right = torch.linalg.svd(linear.weight.detach(), full_matrices=False)
-    best = (left[:, :rank] * values[:rank]) @ right[:rank]
-    assert torch.allclose(two[1].weight @ two[0].weight, best, atol=1e-5)
-    assert two[0].weight.shape == (rank, 10)
-    assert two[0].bias is None
-    x = torch.randn(6, 10)
-    assert torch.allclose(two(x), x @ best.T + (linear.bias if bias else 0), atol=1e-5)
-
-
-def test_factor_linear_knows_the_inputs() -> None:
-    torch.manual_seed(1)
-    linear = nn.Linear(12, 9)
-    inputs = rows_and_weights(2000, seed=7)[0].float()
-    inputs[:, 3] = 0  # an input that is never on: its direction has no energy
-    two = factor_linear(linear, rank=4, input_second_moment_II=second_moment(inputs))
-    with torch.no_grad():
-        wanted = linear(inputs)
-        found, plain = ((m(inputs) - wanted).square().sum() for m in (two, factor_linear(linear, rank=4)))
-        values = torch.linalg.svdvals(inputs.double() @ linear.weight.double().T)
-    assert float(found) == pytest.approx(float(values[4:].square().sum()), rel=1e-3)
-    assert found < 0.5 * plain
-
-
-def test_factor_linear_by_energy() -> None:
-    torch.manual_seed(2)
-    linear = nn.Linear(20, 20)
-    values = torch.linalg.svdvals(linear.weight.detach()).square()
-    rank = factor_linear(linear, energy=0.9)[0].out_features
-    assert values[:rank].sum() >= 0.9 * values.sum() > values[: rank - 1].sum()
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -186,8 +149,3 @@ def test_factor_refuses_moments_that_are_not_finite_and_square() -> None:
     for moment in (torch.full((4, 4), float("inf")), torch.ones(3, 4), torch.ones(4)):
         with pytest.raises(PlanError, match="second moment"):
             factor(moment, rank=1)
-
-
-def test_factor_linear_refuses_ranks_above_the_smaller_side() -> None:
-    with pytest.raises(PlanError, match="rank 4: give one from 1 to 3"):
-        factor_linear(nn.Linear(8, 3), rank=4)
