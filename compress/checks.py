@@ -23,7 +23,7 @@ from compress.catalogue import Catalogue
 from compress.dense import check_graph
 from compress.errors import ArtifactError
 from compress.ids import LooseIdMap
-from compress.lookup import StoredTable
+from compress.lookup import INT32_MAX, StoredTable
 from compress.manifest import parse_json
 from trainer.config import RunConfig
 from trainer.data.transform import MISSING_ROW, OOV_ROW, RESERVED_ROWS, IdMap, TableInfo, Transform, read_arrow
@@ -185,7 +185,7 @@ def check_tables_fit(infos: Mapping[str, TableInfo], manifest: Mapping[str, Any]
     for name, info in infos.items():
         table = stored[name]
         rows, count = sum(tier["rows"] for tier in table["tiers"]), info.num_embeddings
-        if type(count) is not int or not RESERVED_ROWS <= rows - table["centroids"] <= count:
+        if type(count) is not int or not RESERVED_ROWS <= rows - table["centroids"] <= count <= INT32_MAX:
             raise ArtifactError(f"{where}: table {name}: {rows:,} rows of {str(count)[:20]}")
         if table["dim"] != info.embedding_dim or table["features"] != list(info.features):
             raise ArtifactError(f"{where}: table {name}: dim or features are not those of transform.json")

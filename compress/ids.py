@@ -169,7 +169,7 @@ def unpack_sorted(packed: np.ndarray, count: int, bits: int) -> np.ndarray:
     highs = np.unpackbits(packed[split:], count=count + (1 << (bits - low)), bitorder="little")
     places = np.flatnonzero(highs)
     if len(places) != count:
-        raise ArtifactError(f"ids.arrow: a segment of {len(places)} keys is said to have {count}: restore the file")
+        raise ArtifactError(f"a segment of {len(places)} keys is said to have {count}")
     numbers = (places - np.arange(count)).astype(np.uint64) << np.uint64(low)
     for at in range(0, count if low else 0, CHUNK_KEYS):  # a multiple of 8 keys fills whole bytes
         some = min(CHUNK_KEYS, count - at)
@@ -266,8 +266,11 @@ def read_ids(path: Path, tables: Mapping[str, TableInfo], stored: Sequence[Store
         size = tables[table.name].num_embeddings - RESERVED_ROWS
         content = np.frombuffer(packed.as_buffer() or b"", dtype=np.uint8)
         segments = Segments(line["bits"], line["loose"], line["rows"], table.segments, table.centroids)
-        segments.check(size, table.name)
-        maps[table.name] = segments.id_map(size, content)
+        try:
+            segments.check(size)
+            maps[table.name] = segments.id_map(size, content)
+        except ArtifactError as error:
+            raise ArtifactError(f"{path}: table {table.name}: {error}: restore the file") from None
     return maps
 
 
@@ -281,28 +284,33 @@ class Segments:
     tiers: int
     centroids: int
 
-    def check(self, size: int, name: str) -> None:
+    def check(self, size: int) -> None:
         """Raises: ArtifactError unless these can be the segments of a table of `size` ids."""
         known = self.tiers + self.centroids
         whole = len(self.rows) in (known, known + 1) and min(self.rows) >= 0 and sum(self.rows) <= size
         if not whole or not 0 <= self.bits <= 64 or not 0 <= self.loose <= 64:
-            raise ArtifactError(
-                f"ids.arrow: table {name}: segments of {self.rows[:5]} rows in {size}: restore the file"
-            )
+            raise ArtifactError(f"segments of {self.rows[:5]} rows in {size}")
 
     def id_map(self, size: int, packed: np.ndarray) -> IdMap:
         """The id map, ready to look up."""
         if not self.bits:
+            if self.rows != [size] or len(packed):
+                raise ArtifactError(f"rows that kept their order, but segments of {self.rows[:5]} in {size}")
             return IdMap(size)
         return self._numbered(size, packed) if not self.loose else self._keyed(size, packed)
 
     def _numbered(self, size: int, packed: np.ndarray) -> IdMap:
+        wanted = -(-size * self.bits // 8)
+        if sum(self.rows) != size or len(packed) != wanted:
+            raise ArtifactError(
+                f"segments of {self.rows[:5]} rows in {size}, numbers of {wanted} bytes in {len(packed)}"
+            )
         numbers = unpack_numbers(packed, size, self.bits)
         remap = np.arange(size + RESERVED_ROWS, dtype=np.int32)
         for segment, rows in enumerate(self._targets()):
             own = np.flatnonzero(numbers == segment)
             if len(own) != len(rows):
-                raise ArtifactError(f"ids.arrow: a segment of {len(own)} rows is said to have {len(rows)}")
+                raise ArtifactError(f"a segment of {len(own)} rows is said to have {len(rows)}")
             remap[own + RESERVED_ROWS] = rows
         return IdMap(size, remap=remap)
 
@@ -313,6 +321,8 @@ class Segments:
             end = at + packed_bytes(count, width)
             keys.append(unpack_sorted(packed[at:end], count, width))
             at = end
+        if at != len(packed):
+            raise ArtifactError(f"segments of {self.rows[:5]} keys take {at} bytes, there are {len(packed)}")
         own, own_rows = _sorted(keys[: self.tiers], self._targets()[: self.tiers])
         far, far_rows = _sorted(keys[self.tiers :], self._targets()[self.tiers :])
         remap = np.concatenate([np.arange(OOV_ROW, RESERVED_ROWS), own_rows]).astype(np.int32)

@@ -141,6 +141,9 @@ class Lookup:
         self.mean = [feature_of(name) in mean for name in lookups]
         self.block = block
         self.decoders = dict(decoders or {})
+        for table in tables:
+            shape = tuple(self.decoders[table.name].shape) if table.name in self.decoders else (table.dim, table.dim)
+            assert shape == (table.width, table.dim), f"{table.name}: no decoder from {table.width} to {table.dim}"
         owner = {f: i for i, t in enumerate(tables) for f in t.features}
         self.table_of = [owner[feature_of(name)] for name in lookups]
         pieces, size = pieces_of(tables)

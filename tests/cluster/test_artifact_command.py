@@ -38,7 +38,7 @@ def test_show_lists_tables_and_sizes(copy: Path, monkeypatch: pytest.MonkeyPatch
     assert "whole artifact" in shown
     assert all(len(line) <= 60 for line in shown.splitlines() if "user_id" in line)
     result = json.loads(run("show", copy, "--json").stdout.splitlines()[-1])
-    assert [t["bits"] for t in result["tables"] if t["name"] == "item_id"] == [2]
+    assert [t["bits"] for t in result["tables"] if t["name"] == "item_id"] == [[8, 2]]
     assert result["lineage"]["samples"] > 0
 
 

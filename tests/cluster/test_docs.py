@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 from pydantic import BaseModel
 
-from compress.config import CompressionPlan, SearchConfig, TablePlan
+from compress.config import CompressionPlan, SearchConfig, TablePlan, TierPlan
 from serve.config import ServeConfig
 from trainer.config import (
     Distill,
@@ -53,6 +53,7 @@ SECTIONS += [
     Workers,
     CompressionPlan,
     TablePlan,
+    TierPlan,
     SearchConfig,
     ServeConfig,
 ]
@@ -66,7 +67,8 @@ def test_config_docs_name_every_key(section: type[BaseModel]) -> None:
 
 @pytest.mark.parametrize(
     "section",
-    [Task, MultiFeature, SequenceFeature, ModelConfig, TrainConfig, Schedule, Distill, Stage],
+    [Task, MultiFeature, SequenceFeature, ModelConfig, TrainConfig, Schedule, Distill, Stage]
+    + [CompressionPlan, TablePlan, TierPlan],
     ids=lambda s: s.__name__,
 )
 def test_config_docs_have_a_row_for_every_key(section: type[BaseModel]) -> None:
@@ -80,13 +82,15 @@ def test_config_docs_have_a_row_for_every_key(section: type[BaseModel]) -> None:
 
 
 @pytest.mark.parametrize(
-    "field", ["arch", "kind", "pooling", "decay", "table_optimizer", "dense_optimizer", "precision"]
+    "field",
+    ["arch", "kind", "pooling", "decay", "table_optimizer", "dense_optimizer", "precision", "order", "clip", "unknown"],
 )
 def test_config_docs_name_every_choice(field: str) -> None:
     """Each word that a key takes is in its row."""
     rows = (Path(__file__).parents[2] / "docs" / "config.md").read_text(encoding="utf-8").splitlines()
     (row,) = [line for line in rows if line.startswith(f"| {field} |")]
     kinds = [MultiFeature, SequenceFeature, CategoricalFeature, NumericFeature, ModelConfig, TrainConfig, Schedule]
+    kinds += [CompressionPlan, TablePlan]
     words = [a for k in kinds if field in k.model_fields for a in get_args(k.model_fields[field].annotation)]
     assert words
     assert {w for w in words if not re.search(rf"\b{w}\b", row)} == set()

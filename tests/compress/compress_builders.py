@@ -174,7 +174,7 @@ def save_random_checkpoint(run: RunConfig, dataset: Dataset, folder: Path, seed:
     return open_checkpoint(folder)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class World:
     """A raw log, its prepared data and a checkpoint of it."""
 
@@ -234,6 +234,27 @@ def extended_world(old: World, folder: Path, rows: int = 1500, seed: int = 11) -
     run = run_config(folder / "log", tasks=("click",), arch="dcn", catalogue=True)
     dataset = prepare_here(run, raw, folder / "prepared", old.dataset.transform)
     return World(folder, raw, run, dataset, save_random_checkpoint(run, dataset, folder / "checkpoint", seed + 1))
+
+
+def large_world(folder: Path, users: int = 20_500, rows: int = 30_000) -> World:
+    """So many users that some share their loose key; the training split has each of them."""
+    rng = np.random.default_rng(6)
+    raw = pa.concat_tables([raw_log(3000, 5)] * (rows // 3000))
+    user = np.concatenate([rng.permutation(users), rng.integers(0, users, round(0.7 * rows) - users)])
+    user = np.concatenate([user, rng.permutation(users)])[:rows]
+    raw = raw.set_column(0, "user_id", pa.array(user.astype(np.int64)))
+    raw = raw.set_column(raw.column_names.index("when"), "when", pa.array(np.arange(rows)))
+    write_log(raw, folder / "log")
+    run = run_config(folder / "log", tasks=("click",), arch="dcn", catalogue=False)
+    run = run.model_copy(update={"data": run.data.model_copy(update={"min_count": 1})})
+    dataset = prepare_here(run, raw, folder / "prepared")
+    return World(folder, raw, run, dataset, save_random_checkpoint(run, dataset, folder / "checkpoint", 6))
+
+
+@functools.cache
+def large_world_in(base: Path) -> World:
+    """The large world of a test session."""
+    return large_world(base / "large")
 
 
 def mixed_plan() -> CompressionPlan:

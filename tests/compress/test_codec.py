@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from compress_builders import random_rows
+from compress_builders import random_rows, stored
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from compress.errors import PlanError
-from compress.lookup import Lookup, PackedTable, table_offsets, table_view
+from compress.lookup import Lookup, pieces_of, tier_views
 from compress.methods import codec
 from compress.methods.codec import Clip, dequantize_rows, quantize_rows, quantize_rows_oracle, row_bytes
 
@@ -218,9 +218,9 @@ def test_codec_rows_read_by_the_tbe_are_those_decoded_here(bits: int, dim: int, 
     small = [random_rows(20, dim, seed=6) * 10.0**-power for power in range(2, 9)]
     rows = torch.cat([random_rows(100, dim, seed=6), *special_rows(dim).values(), *small])
     coded = quantize_rows(rows, bits, clip)
-    table = PackedTable("t", len(rows), dim, bits, ("f",))
-    block = torch.zeros(table_offsets([table])[1], dtype=torch.uint8)
-    table_view(block, [table], 0)[:] = coded
+    table = stored("t", len(rows), dim, bits, ("f",))
+    block = torch.zeros(pieces_of([table])[1], dtype=torch.uint8)
+    tier_views(block, [table])[0][0][:] = coded
     ids = KeyedJaggedTensor(keys=["f"], values=torch.arange(len(rows)), lengths=torch.ones(len(rows)).int())
     found = Lookup([table], ["f"], set(), block)(ids)
     expected = dequantize_rows(coded, dim, bits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from compress.errors import PlanError
 from compress.ids import target_rows
 from compress.lookup import pieces_of, tier_views
 from compress.methods.codec import dequantize_rows
+from compress.methods.prune import Score
 from compress.model import score_split
 from compress.pipeline import compress_checkpoint
-from compress.search.profile import UNSEEN_WEIGHT
+from compress.search.profile import UNSEEN_WEIGHT, TableProfile, profile_tables
 from trainer.data.transform import read_arrow
 from trainer.errors import DataError, SlimrankError
 
@@ -40,10 +41,30 @@ PLANS = {
     "all pruned": CompressionPlan(default=TablePlan(bits=16, keep=1e-9)),
     "tiers": CompressionPlan(default=TablePlan(tiers=(tier(16, keep=0.1), tier(8, coverage=0.5), tier(4, keep=0.6)))),
     "forgotten": CompressionPlan(default=TablePlan(bits=4, keep=0.4, unknown="shared")),
-    "bands": CompressionPlan(default=TablePlan(tiers=(tier(8, rows=9), tier(4, keep=0.3)), centroids=4)),
+    "centroids": CompressionPlan(default=TablePlan(tiers=(tier(8, rows=9), tier(4, keep=0.3)), centroids=4)),
+    "centroids by norm": CompressionPlan(order="norm", default=TablePlan(bits=8, keep=0.3, centroids=2)),
+    "bits 0, forgotten": CompressionPlan(
+        default=TablePlan(tiers=(tier(4, keep=0.2), tier(0, keep=0.6)), unknown="shared", centroids=4)
+    ),
+    "mean, forgotten": CompressionPlan(
+        default=TablePlan(tiers=(tier(4, keep=0.2), tier(0, keep=0.6)), unknown="shared")
+    ),
+    "all read centroids": CompressionPlan(default=TablePlan(tiers=(tier(0),), centroids=4)),
     "narrow": CompressionPlan(tables={"user_id": TablePlan(bits=4, rank=8, keep=0.5), "city": TablePlan(columns=8)}),
     "hash table pruned alone": CompressionPlan(tables={"city": TablePlan(bits=4, coverage=0.5)}),
 }
+
+
+@functools.cache
+def profiles_of(world: World, order: Score) -> dict[str, TableProfile]:
+    """Profiles ranked so, with codebooks of two and four centroids."""
+    return profile_tables(world.checkpoint, world.dataset, quiet, order, codebooks=(2, 4))
+
+
+def write_plan(world: World, name: str, out: Path) -> dict[str, Any]:
+    """Write the artifact of one of PLANS and return its manifest."""
+    plan = PLANS[name]
+    return compress(world.checkpoint, world.dataset, plan, out, profiles_of(world, plan.order), quiet)
 
 
 def bytes_of_ids(folder: Path) -> int:
@@ -109,15 +130,48 @@ def test_resolve_joins_tiers_of_like_bits_and_leaves_out_those_without_rows(worl
     assert tiers(tier(16, keep=1e-9), tier(4, rows=181)) == [(2, 16), (180, 4)]  # a cut of one row saves none
 
 
-def test_resolve_counts_centroids_before_it_cuts(world: World) -> None:
-    """Ten genres: three centroids for the last three rows would save nothing."""
-    rows = {c: resolve(cut_genres(c), world.profiles)["genres"].stored for c in (1, 2, 3, 4)}
-    assert [(t.rows, t.centroids) for t in rows.values()] == [(8, 1), (9, 2), (10, 0), (10, 0)]
+def test_resolve_takes_the_largest_codebook_of_so_many_centroids(world: World) -> None:
+    """Ten genres have rows enough for two centroids, and none of 3 or 5 was fitted."""
+    profiles = profiles_of(world, "frequency")
+    stored = {c: resolve(cut_to(7, c), profiles)["genres"].stored for c in (1, 2, 5, 256)}
+    assert [(t.rows, t.centroids) for t in stored.values()] == [(8, 1), (9, 2), (9, 2), (9, 2)]
+    users = {c: resolve(cut_to(50, c), profiles)["user_id"] for c in (1, 2, 5, 256)}
+    assert [len(u.centroids) for u in users.values()] == [1, 2, 4, 4]
+    for count, part in users.items():
+        assert part.stored.rows == part.layout.kept + len(part.centroids)
+        assert len(part.layout.clusters) == (0 if count == 1 else 182)
 
 
-def cut_genres(centroids: int) -> CompressionPlan:
-    """A plan that keeps seven of the ten rows of genres."""
-    return CompressionPlan(tables={"genres": TablePlan(rows=7, centroids=centroids)})
+def cut_to(rows: int, centroids: int) -> CompressionPlan:
+    """A plan that keeps so many rows of each table."""
+    return CompressionPlan(default=TablePlan(rows=rows, centroids=centroids))
+
+
+def test_resolve_sets_apart_what_many_lookups_read(world: World) -> None:
+    """Reserved rows and centroids are a tier of 8 bits where the rows have fewer and are not all in one tier."""
+
+    def tiers(plan: TablePlan) -> list[tuple[int, int]]:
+        part = resolve(CompressionPlan(tables={"user_id": plan}), profiles_of(world, "frequency"))["user_id"]
+        return [(t.rows, t.bits) for t in part.stored.tiers]
+
+    cut = world.profiles["user_id"].cut(TablePlan(keep=0.5))
+    assert tiers(TablePlan(bits=4)) == [(182, 4)]
+    assert tiers(TablePlan(bits=4, keep=0.5)) == [(3, 8), (cut - 2, 4)]
+    assert tiers(TablePlan(bits=4, keep=0.5, centroids=4)) == [(6, 8), (cut - 2, 4)]
+    assert tiers(TablePlan(bits=4, keep=0.5, unknown="shared")) == [(2, 8), (cut - 2, 4)]
+    assert tiers(TablePlan(bits=8, keep=0.5)) == [(cut + 1, 8)]
+    assert tiers(TablePlan(tiers=(tier(0),), centroids=4)) == [(6, 8)]
+    assert tiers(TablePlan(tiers=(tier(2, keep=1e-9), tier(0)), centroids=4)) == [(6, 8)]
+
+
+def test_resolve_of_bits_0_reads_centroids_up_to_its_cut_and_forgets_the_others(world: World) -> None:
+    profile = profiles_of(world, "frequency")["user_id"]
+    ends = [profile.cut(TablePlan(keep=k)) for k in (0.2, 0.6)]
+    for unknown, zone in (("own", 182), ("shared", ends[1])):
+        asked = TablePlan(tiers=(tier(4, keep=0.2), tier(0, keep=0.6)), unknown=unknown, centroids=4)  # type: ignore[arg-type]
+        part = resolve(CompressionPlan(tables={"user_id": asked}), profiles_of(world, "frequency"))["user_id"]
+        assert (part.layout.kept, part.layout.zone, part.layout.count) == (ends[0], zone, 4)
+        assert (part.unknown is None) == (unknown == "own")
 
 
 def test_compress_refuses_a_plan_for_another_checkpoint(world: World, tmp_path: Path) -> None:
@@ -129,16 +183,17 @@ def test_compress_refuses_a_plan_for_another_checkpoint(world: World, tmp_path: 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_manifest_holds_a_plan_that_can_be_read_again(world: World, name: str, tmp_path: Path) -> None:
-    manifest = world.compress(PLANS[name], tmp_path / "a")
+    manifest = write_plan(world, name, tmp_path / "a")
     assert CompressionPlan.model_validate(manifest["plan"]) == PLANS[name]
     tables = load_artifact(tmp_path / "a").model.lookup.tables
-    assert tables == [r.stored for r in resolve(PLANS[name], world.profiles).values()]
+    assert tables == [r.stored for r in resolve(PLANS[name], profiles_of(world, PLANS[name].order)).values()]
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_predicted_bytes_are_those_written(world: World, tmp_path: Path, name: str) -> None:
-    manifest = world.compress(PLANS[name], tmp_path / "a")
-    predicted = table_bytes(resolve(PLANS[name], {n: p.slim() for n, p in world.profiles.items()}))
+    manifest = write_plan(world, name, tmp_path / "a")
+    profiles = profiles_of(world, PLANS[name].order)
+    predicted = table_bytes(resolve(PLANS[name], {n: p.slim() for n, p in profiles.items()}))
     actual = (tmp_path / "a" / "tables.bin").stat().st_size + bytes_of_ids(tmp_path / "a")
     if (tmp_path / "a" / "decoders.safetensors").exists():
         decoders = load_file(tmp_path / "a" / "decoders.safetensors")
@@ -150,38 +205,40 @@ def test_predicted_bytes_are_those_written(world: World, tmp_path: Path, name: s
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_compress_packs_each_row_where_its_id_points(world: World, name: str) -> None:
+def test_compress_packs_each_row_where_its_id_points(world: World, name: str, tmp_path: Path) -> None:
     """Row by row from the checkpoint: kept rows are their own code in their tier, cut ones a mean's."""
-    model = world.artifact(PLANS[name]).model
-    resolved = resolve(PLANS[name], world.profiles)
+    write_plan(world, name, tmp_path / "a")
+    model, profiles = load_artifact(tmp_path / "a").model, profiles_of(world, PLANS[name].order)
+    resolved = resolve(PLANS[name], profiles)
     tables = model.lookup.tables
     for index, (table, views) in enumerate(zip(tables, tier_views(model.lookup.block, tables), strict=True)):
-        part, profile = resolved[table.name], world.profiles[table.name]
+        part, profile = resolved[table.name], profiles[table.name]
         assert tables[index] == part.stored
         weight = world.checkpoint.read(f"tables/{table.name}/weight")
         target = target_rows(world.dataset.transform.id_maps[table.name], part.layout)
         own = sum(len(v) for v in views) - len(part.centroids)
         assert own == part.layout.kept
         wanted = weight[profile.order].clone()
-        edges = [part.layout.kept, *part.layout.bands]
-        for first, last in itertools.pairwise(edges):
-            wanted[first:last] = torch.from_numpy(naive_mean(world, table.name, profile.order[first:last]))
-        if part.layout.shared:
-            wanted[0] = wanted[part.layout.kept :] = torch.from_numpy(
-                naive_fallback(world, table.name, part.layout.kept)
-            )
-        for rank, row in enumerate(profile.order):
-            place = int(target[row])
-            tier = int(np.searchsorted(table.firsts, place, side="right")) - 1
-            code = part.code(wanted[[rank]], tier)[0]
-            stored = views[tier][place - table.firsts[tier]]
-            if rank < part.layout.kept and not (rank == 0 and part.layout.shared):
-                assert torch.equal(stored, code), (table.name, rank)
-            else:
-                found, expected = (
-                    dequantize_rows(c[None], table.width, table.tiers[tier].bits) for c in (stored, code)
-                )
-                torch.testing.assert_close(found, expected, rtol=0.01, atol=0.02 * float(expected.abs().max()))
+        kept, zone = part.layout.kept, part.layout.zone
+        if len(part.layout.clusters):
+            book = profile.codebooks[part.layout.count]
+            wanted[kept:zone] = torch.from_numpy(book.centroids[book.numbers[profile.order[kept:zone]]])
+        elif kept < zone:
+            wanted[kept:zone] = torch.from_numpy(naive_mean(world, table.name, profile.order[kept:zone]))
+        if zone < len(wanted):
+            wanted[0] = wanted[zone:] = torch.from_numpy(naive_fallback(world, profile, zone))
+        place = target[profile.order]
+        shared = np.arange(len(place)) >= part.layout.kept
+        shared[0] |= zone < len(place)
+        for tier, first in enumerate(table.firsts):
+            for exact in (True, False):
+                ranks = np.flatnonzero((shared != exact) & (place >= first) & (place < first + len(views[tier])))
+                found, expected = views[tier][place[ranks] - first], part.code(wanted[ranks], tier)
+                if exact:
+                    assert torch.equal(found, expected), (table.name, tier)
+                    continue
+                decoded = [dequantize_rows(c, table.width, table.tiers[tier].bits) for c in (found, expected)]
+                torch.testing.assert_close(*decoded, rtol=0.01, atol=0.01)
 
 
 def naive_mean(world: World, table: str, rows: np.ndarray) -> np.ndarray:
@@ -191,10 +248,9 @@ def naive_mean(world: World, table: str, rows: np.ndarray) -> np.ndarray:
     return (weights @ values / weights.sum()).astype(np.float32)
 
 
-def naive_fallback(world: World, table: str, kept: int) -> np.ndarray:
-    """The mean of the rows that are cut and of the unknown ids' row, by lookups."""
-    profile = world.profiles[table]
-    rows = profile.order[kept:]
+def naive_fallback(world: World, profile: TableProfile, zone: int) -> np.ndarray:
+    """The mean of the rows that are forgotten and of the unknown ids' row, by lookups."""
+    table, rows = profile.info.name, profile.order[zone:]
     weights = np.maximum(world.dataset.counts(table)[rows].astype(np.float64), UNSEEN_WEIGHT)
     values = world.checkpoint.read(f"tables/{table}/weight").double().numpy()
     total = weights @ values[rows] + profile.unknown * values[0]

@@ -380,6 +380,16 @@ def test_lookup_with_decoders_equals_its_oracle_and_widened_rows(mean: set[str])
         torch.testing.assert_close(lookup(single("b", row, features))[0, :24], wide[row], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [None, (16, 8), (8, 12)])
+def test_lookup_refuses_narrow_rows_without_what_widens_them(shape: tuple[int, int] | None) -> None:
+    tables, decoders = narrow_tables()
+    del decoders["narrow"]
+    if shape:
+        decoders["narrow"] = torch.zeros(shape)
+    with pytest.raises(AssertionError, match="narrow: no decoder from 8 to 16"):
+        Lookup(tables, ["n"], set(), packed_block(tables), decoders)
+
+
 @pytest.mark.parametrize("name", ["plain", "narrow", "both", "tiers"])
 def test_decoded_rows_are_those_that_single_ids_read(name: str) -> None:
     tables, decoders = narrow_tables()

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from compress.artifact import Artifact, load_artifact, read_manifest
 from compress.errors import ArtifactError
-from compress.manifest import MANIFEST, MANIFEST_BYTES
+from compress.lookup import pieces_of
+from compress.manifest import MANIFEST, MANIFEST_BYTES, stored_tables
 from trainer.data.transform import read_arrow, write_arrow
 
 
@@ -86,6 +87,17 @@ def table(index: int = 0, **changes: Any) -> Change:
     }
 
 
+def first_tier(**changes: Any) -> Change:
+    """A change of the first tier of the first table."""
+
+    def change(m: dict[str, Any]) -> dict[str, Any]:
+        tiers = m["tables"][0]["tiers"]
+        assert set(changes) <= {"rows", "bits"} == set(tiers[0])
+        return table(tiers=[{**tiers[0], **changes}, *tiers[1:]])(m)
+
+    return change
+
+
 def file_entry(**changes: Any) -> Change:
     """A change of what the manifest says of tables.bin."""
     return lambda m: {**m, "files": {**m["files"], "tables.bin": {**m["files"]["tables.bin"], **changes}}}
@@ -99,16 +111,30 @@ def in_run(section: str, **changes: Any) -> Change:
 @pytest.mark.parametrize(
     "change",
     [
-        pytest.param(table(rows=2**31), id="rows past int32"),
-        pytest.param(table(rows=2**31 - 1), id="rows past the file"),
-        pytest.param(table(rows=2**63), id="rows of 64 bits"),
-        pytest.param(table(rows=0), id="no row"),
-        pytest.param(table(rows=-1), id="negative rows"),
-        pytest.param(table(rows=1.0), id="rows of a float"),
-        pytest.param(table(rows=True), id="rows of a truth value"),
+        pytest.param(first_tier(rows=2**31), id="rows past int32"),
+        pytest.param(first_tier(rows=2**31 - 1), id="rows past int32 with the other tiers"),
+        pytest.param(first_tier(rows=2**30), id="rows past the file"),
+        pytest.param(first_tier(rows=2**63), id="rows of 64 bits"),
+        pytest.param(first_tier(rows=0), id="no row"),
+        pytest.param(first_tier(rows=-1), id="negative rows"),
+        pytest.param(first_tier(rows=1.0), id="rows of a float"),
+        pytest.param(first_tier(rows=True), id="rows of a truth value"),
+        pytest.param(first_tier(bits="8"), id="bits of text"),
+        pytest.param(first_tier(bits=0), id="no bits"),
+        pytest.param(lambda m: table(tiers=m["tables"][0]["tiers"] * 9)(m), id="more tiers than there may be"),
+        pytest.param(lambda m: table(tiers=m["tables"][0]["tiers"] * 2)(m), id="each tier twice"),
+        pytest.param(table(tiers=[]), id="no tier"),
         pytest.param(table(dim=2**40), id="a wide dim"),
-        pytest.param(table(dim=3), id="a dim that does not pack"),
-        pytest.param(table(bits="8"), id="bits of text"),
+        pytest.param(table(dim=3), id="a dim below the width"),
+        pytest.param(table(width=2**40, dim=2**40), id="wide rows"),
+        pytest.param(table(width=3), id="a width that does not pack"),
+        pytest.param(table(width=8), id="a width without a decoder"),
+        pytest.param(table(centroids=257), id="more centroids than there may be"),
+        pytest.param(table(centroids=200), id="more centroids than rows"),
+        pytest.param(table(centroids=-1), id="negative centroids"),
+        pytest.param(table(segments=0), id="no segment"),
+        pytest.param(table(segments=17), id="more segments than there may be"),
+        pytest.param(table(segments=2), id="a segment that ids.arrow has not"),
         pytest.param(table(features="user_id"), id="features of text"),
         pytest.param(table(features=["user_id"] * 5000), id="many features"),
         pytest.param(table(name="x" * 300), id="a long name"),
@@ -117,8 +143,6 @@ def in_run(section: str, **changes: Any) -> Change:
         pytest.param(table(index=1, features=["user_id"]), id="a feature of two tables"),
         pytest.param(lambda m: {**m, "tables": m["tables"] * 7000}, id="very many tables"),
         pytest.param(lambda m: {**m, "tables": {}}, id="tables of a mapping"),
-        pytest.param(lambda m: {**m, "cuts": {**m["cuts"], "user_id": -1}}, id="a negative cut"),
-        pytest.param(lambda m: {**m, "cuts": {**m["cuts"], "other": 3}}, id="a cut of no table"),
         pytest.param(lambda m: {**m, "surprise": 1}, id="an unknown key"),
         pytest.param(lambda m: {**m, "\x1b[2J\ud800": 1}, id="an unknown key for terminals"),
         pytest.param(lambda m: {**m, "sizes": {**m["sizes"], "table_bytes": -1}}, id="a negative size"),
@@ -205,16 +229,56 @@ def column(path: Path, name: str) -> list[Any]:
     return read_arrow(path)[name].to_pylist()
 
 
-def test_ids_that_read_past_their_table_are_refused(copy: Path) -> None:
-    tables, remaps = (column(copy / "ids.arrow", name) for name in ("table", "remap"))
-    index = tables.index("city")
-    for row in (10**6, -1, 2**31 - 1):
-        remap = np.frombuffer(remaps[index], dtype=np.int32).copy()
-        remap[17] = row
-        changed = [remap.tobytes() if i == index else r for i, r in enumerate(remaps)]
-        replace_arrow(copy / "ids.arrow", remap=pa.array(changed, pa.large_binary()))
-        forge(copy)
-        refused(copy, "city: an id reads a row that the table has not")
+@pytest.mark.parametrize("name", ["city", "user_id"])
+def test_ids_that_read_past_their_table_are_refused(copy: Path, name: str) -> None:
+    """A table of fewer rows than the ids' segments say, its bytes made to fit."""
+    index = column(copy / "ids.arrow", "table").index(name)
+    manifest = json.loads((copy / MANIFEST).read_text())
+    tiers = manifest["tables"][index]["tiers"]
+    assert len(tiers) == 2
+    shorter = [tiers[0], {**tiers[1], "rows": tiers[1]["rows"] - 1}]
+    tables = [{**t, "tiers": shorter} if i == index else t for i, t in enumerate(manifest["tables"])]
+    size = pieces_of(stored_tables({"tables": tables}))[1]
+    with (copy / "tables.bin").open("r+b") as file:
+        file.truncate(size)
+    forge(copy, table(index, tiers=shorter))
+    refused(copy, f"{name}: an id reads a row that the table has not")
+
+
+CITY = 200 * 12 // 8  # bytes of nothing that any of these rows fill
+
+
+@pytest.mark.parametrize("name", ["city", "user_id", "income"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"bits": -1}, id="negative bits"),
+        pytest.param({"bits": 127}, id="bits past 64"),
+        pytest.param({"bits": 64}, id="wider keys"),
+        pytest.param({"bits": None}, id="null bits"),
+        pytest.param({"loose": -1}, id="negative loose bits"),
+        pytest.param({"loose": 127}, id="loose bits past 64"),
+        pytest.param({"loose": None}, id="null loose bits"),
+        pytest.param({"rows": []}, id="no segment"),
+        pytest.param({"rows": None}, id="null segments"),
+        pytest.param({"rows": [None, None]}, id="segments of null"),
+        pytest.param({"rows": [-1, 1]}, id="a negative segment"),
+        pytest.param({"rows": [2**62, 2**62]}, id="segments past 64 bits together"),
+        pytest.param({"rows": [0] * 500}, id="many segments"),
+        pytest.param({"packed": b"x"}, id="other keys"),
+        pytest.param({"bits": 64, "loose": 0, "rows": [1, 1]}, id="wide segment numbers"),
+        pytest.param({"bits": 5, "loose": 64, "packed": b"\xff" * CITY}, id="keys of a few bits"),
+    ],
+)
+def test_ids_with_a_lie_are_refused(copy: Path, name: str, changes: dict[str, Any]) -> None:
+    index = column(copy / "ids.arrow", "table").index(name)
+    schema = read_arrow(copy / "ids.arrow").schema
+    columns = {key: column(copy / "ids.arrow", key) for key in changes}
+    for key, value in changes.items():
+        columns[key][index] = value
+    replace_arrow(copy / "ids.arrow", **{k: pa.array(v, schema.field(k).type) for k, v in columns.items()})
+    forge(copy)
+    refused(copy)
 
 
 def test_ids_of_other_tables_are_refused(copy: Path) -> None:
@@ -225,11 +289,21 @@ def test_ids_of_other_tables_are_refused(copy: Path) -> None:
         refused(copy)
 
 
-def test_fewer_ids_than_the_transform_says_are_refused(copy: Path) -> None:
-    keys = column(copy / "ids.arrow", "keys")
-    replace_arrow(copy / "ids.arrow", keys=pa.array([k[:12] for k in keys], pa.large_binary()))
+@pytest.mark.parametrize("end", [12, -1])
+def test_keys_that_are_cut_short_are_refused(copy: Path, end: int) -> None:
+    keys = column(copy / "ids.arrow", "packed")
+    replace_arrow(copy / "ids.arrow", packed=pa.array([k[:end] for k in keys], pa.large_binary()))
     forge(copy)
-    refused(copy, "ids are not as many")
+    refused(copy, "ids.arrow")
+
+
+def test_keys_with_bytes_left_over_are_refused(copy: Path) -> None:
+    keys, names = (column(copy / "ids.arrow", key) for key in ("packed", "table"))
+    for longer in names:  # a vocabulary, a hash table, buckets
+        changed = [k + b"\0" * (n == longer) for k, n in zip(keys, names, strict=True)]
+        replace_arrow(copy / "ids.arrow", packed=pa.array(changed, pa.large_binary()))
+        forge(copy)
+        refused(copy, f"ids.arrow: table {longer}")
 
 
 @pytest.mark.parametrize("row", [-1, 10**6])
