@@ -28,7 +28,7 @@ def metric_root(metric_DD: np.ndarray | None, dim: int) -> Tensor:
 def fit_codebook(rows_SD: Tensor, weight_S: Tensor, count: int, root_DD: Tensor) -> Tensor:
     """Centroids (C, D) fp32 of least weighted squared distance to rows, both seen through `root_DD`.
 
-    Lloyd's algorithm from groups of equal weight along the widest direction: no chance in it.
+    Lloyd's algorithm from groups of equal weight along the widest direction; no chance in it.
     """
     seen = rows_SD.float() @ root_DD
     weight = weight_S.double().clamp(min=1e-12)
@@ -39,8 +39,10 @@ def fit_codebook(rows_SD: Tensor, weight_S: Tensor, count: int, root_DD: Tensor)
     group = torch.empty(len(order), dtype=torch.long)
     group[order] = (through * count).long().clamp(max=count - 1)
     for _ in range(ROUNDS):
-        centres = _means(seen, weight, group, count)
-        group = torch.cdist(seen, centres).argmin(1)
+        far, group = torch.cdist(seen, _means(seen, weight, group, count)).min(1)
+        empty = torch.nonzero(torch.bincount(group, minlength=count) == 0).flatten()
+        worst = (far.double().square() * weight).topk(min(len(empty), len(far))).indices
+        group[worst] = empty[: len(worst)]  # a centroid that nobody reads goes where most is lost
     return _means(rows_SD.float(), weight, group, count)
 
 
