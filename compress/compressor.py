@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from trainer.errors import DataError
 from trainer.files import new_directory, write_json
 from trainer.progress import ReportProgress
 
-SHARED_BITS = 8
+SHARED_BITS: Final = 8
 WIDTH_STEP = 8  # columns: what INT2 rows fill whole bytes by, and FBGEMM takes at any bits
 
 
@@ -259,9 +259,11 @@ def compress(
     profiles: Mapping[str, TableProfile],
     progress: ReportProgress,
     metrics: Mapping[str, Any] | None = None,
+    dense: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Write the artifact of a plan into the folder `out`, and return its manifest.
 
+    `dense` is the head to write, calibrated; the checkpoint's own by default.
     Raises: PlanError when a table cannot do what the plan asks; DataError when data and checkpoint do not belong
     together; SlimrankError when `out` holds something already.
     """
@@ -276,8 +278,8 @@ def compress(
     tables = [r.stored for r in resolved.values()]
     with new_directory(out) as staging:
         pack_tables(staging / "tables.bin", checkpoint, transform.id_maps, resolved, progress)
-        dense = checkpoint.dense_state()
-        save_file(dense, staging / "dense.safetensors")
+        head = checkpoint.dense_state() if dense is None else dict(dense)
+        save_file(head, staging / "dense.safetensors")
         decoders = {n: torch.from_numpy(r.decoder) for n, r in resolved.items() if r.decoder is not None}
         if decoders:
             save_file(decoders, staging / "decoders.safetensors")
@@ -285,7 +287,7 @@ def compress(
         write_ids(staging / "ids.arrow", transform.id_maps, {n: r.layout for n, r in resolved.items()})
         own = transform.with_id_maps(read_ids(staging / "ids.arrow", transform.tables, tables))
         block = map_block(staging / "tables.bin", pieces_of(tables)[1])
-        model = build_model(checkpoint.run, own, tables, block, dense, "unsealed", decoders)
+        model = build_model(checkpoint.run, own, tables, block, head, "unsealed", decoders)
         items = dataset.items()
         if items is not None:
             write_catalogue(staging / "items.arrow", items, own)
