@@ -84,12 +84,14 @@ def calibrate(
 
     Deterministic by the plan's seed. Raises: PlanError when a loss is not finite.
     """
-    teacher = score(train, None) if plan.target != "labels" else None
-    tuned = [
-        tune_head(reading(train, each), reading(held, each), train.run, plan, negative_rate, teacher, progress)
-        for each in (resolved, None)
-    ]
-    return Calibration(*tuned)
+    with torch.random.fork_rng(devices=[]):  # heads are built, and may drop out
+        torch.manual_seed(plan.seed)
+        teacher = score(train, None) if plan.target != "labels" else None
+        compressed, control = (
+            tune_head(reading(train, each), reading(held, each), train.run, plan, negative_rate, teacher, progress)
+            for each in (resolved, None)
+        )
+    return Calibration(compressed, control)
 
 
 def reading(working: WorkingSet, resolved: Mapping[str, ResolvedTable] | None) -> Reading:
@@ -120,25 +122,24 @@ def tune_head(
     best = Tuned(_state(head), 0, before, before)
     every = max(plan.steps // plan.evaluations, 1)
     rng = np.random.default_rng(plan.seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(plan.seed)  # dropout
-        for step in range(1, plan.steps + 1):
-            index = rng.choice(len(train.labels), min(plan.batch_size, len(train.labels)), replace=False)
-            batch, looked_up_BL = train.rows(index)
-            head.train()
-            target = _target(batch, train.labels[index], None if teacher_NT is None else teacher_NT[index])
-            loss = loss_of(head(batch.dense, looked_up_BL), looked_up_BL, target, torch.zeros(1))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            if step % every == 0 or step == plan.steps:
-                after = held_loss(head, held)
-                if not np.isfinite(after):
-                    raise PlanError(f"calibrate: loss is {after} after {step} steps: use a smaller lr than {plan.lr:g}")
-                if after < best.after:
-                    best = Tuned(_state(head), step, before, after)
-                progress("calibrate", step, plan.steps)
+    torch.manual_seed(plan.seed)  # dropout
+    for step in range(1, plan.steps + 1):
+        index = rng.choice(len(train.labels), min(plan.batch_size, len(train.labels)), replace=False)
+        batch, looked_up_BL = train.rows(index)
+        head.train()
+        target = _target(batch, train.labels[index], None if teacher_NT is None else teacher_NT[index])
+        loss = loss_of(head(batch.dense, looked_up_BL), looked_up_BL, target, torch.zeros(1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % every == 0 or step == plan.steps:
+            after = held_loss(head, held)
+            if not np.isfinite(after):
+                raise PlanError(f"calibrate: loss is {after} after {step} steps: use a smaller lr than {plan.lr:g}")
+            if after < best.after:
+                best = Tuned(_state(head), step, before, after)
+            progress("calibrate", step, plan.steps)
     return best
 
 
@@ -151,7 +152,8 @@ def held_loss(head: Head, held: Reading) -> float:
         index = np.arange(at, min(at + SCORE_ROWS, len(held.labels)))
         batch, looked_up_BL = held.rows(index)
         logits_BT = head(batch.dense, looked_up_BL).numpy()
-        total += float(row_losses(held.labels[index], logits_BT).sum())
+        with np.errstate(invalid="ignore"):  # a diverged head's logits
+            total += float(row_losses(held.labels[index], logits_BT).sum())
     return total / held.labels.size
 
 

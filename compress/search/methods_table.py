@@ -306,7 +306,7 @@ def slices_of(working: WorkingSet, profiles: Mapping[str, TableProfile]) -> dict
     return {
         name: at
         for name, at in found.items()
-        if positives[name].min(initial=0) >= FEWEST and (len(at) - positives[name]).min(initial=0) >= FEWEST
+        if min(positives[name].min(), (len(at) - positives[name]).min()) >= FEWEST
     }
 
 
