@@ -28,7 +28,7 @@ from compress.search.budget import CODEBOOKS, parse_budget, plan_for_budget
 from compress.search.objective import Quality, compare
 from compress.search.profile import TableProfile, profile_tables
 from compress.search.sensitivity import Predicted, predict, sensitivities
-from compress.search.space import uniform_plan
+from compress.search.space import packable
 from compress.search.working_set import WorkingSet, extract, score, trial
 from trainer.checkpoint import Checkpoint
 from trainer.data.batch import to_batch
@@ -191,9 +191,8 @@ def single_plans(bench: Bench) -> Iterator[tuple[str, Callable[[], CompressionPl
     tables = bench.dataset.transform.tables
 
     def uniform(bits: Bits, clip: Clip) -> CompressionPlan:
-        plan = uniform_plan(tables, bits, 1.0)
-        with_clip = {n: plan.of(n).model_copy(update={"clip": clip}) for n in tables}
-        return plan.model_copy(update={"tables": with_clip})
+        plans = {n: TablePlan(bits=packable(t.embedding_dim, bits), clip=clip) for n, t in tables.items()}
+        return CompressionPlan(tables=plans)
 
     yield "FP16", lambda: uniform(16, "search")
     for bits in cast(tuple[Bits, ...], (8, 4, 2)):
@@ -230,7 +229,7 @@ def scored_prunings(bench: Bench) -> Iterator[Method]:
     pruned = TablePlan(bits=32, keep=KEPT_SHARE, unknown="shared")
     tiers = TablePlan.model_validate(
         {
-            "tiers": [{"bits": 8, "coverage": 0.5}, {"bits": 4, "coverage": 0.8}, {"bits": 2, "coverage": 0.95}],
+            "tiers": [{"bits": 8, "coverage": 0.8}, {"bits": 4, "coverage": 0.95}],
             "unknown": "shared",
         }
     )
