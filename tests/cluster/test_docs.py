@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 from pydantic import BaseModel
 
-from compress.config import CompressionPlan, SearchConfig, TablePlan
+from compress.config import CalibrationPlan, CompressionPlan, SearchConfig, TablePlan
 from serve.config import ServeConfig
 from trainer.config import (
     Distill,
@@ -52,6 +52,7 @@ SECTIONS += [
     Stage,
     Workers,
     CompressionPlan,
+    CalibrationPlan,
     TablePlan,
     SearchConfig,
     ServeConfig,
