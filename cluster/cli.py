@@ -305,6 +305,40 @@ def compress(
 @click.option("--checkpoint", type=FOLDER, required=True, help="A checkpoint, or a training run's folder.")
 @click.option("--data", "data_dir", type=FOLDER, required=True, help="What the checkpoint was trained on.")
 @click.option(
+    "--split", type=click.Choice(["val", "test"]), default="test", show_default=True, help="Where to compare."
+)
+@click.option(
+    "--rows", type=click.IntRange(min=1000), default=100_000, show_default=True, help="Rows of it to score at most."
+)
+@click.option("--out", type=FILE, help="Markdown file to write the whole table to.")
+@common
+def methods(
+    checkpoint: Path,
+    data_dir: Path,
+    split: Any,
+    rows: int,
+    out: Path | None,
+    as_json: bool,
+    address: str | None,  # noqa: ARG001
+    debug: bool,
+) -> None:
+    """Each way of compressing tables on its own, the best together, and other people's: size, time, quality."""
+    from cluster.session import quiet
+    from cluster.tables import methods_lines, methods_markdown
+    from compress.pipeline import compare_methods
+
+    if not debug:
+        quiet()
+    result = compare_methods(checkpoint, data_dir, Progress().step, split, rows)
+    if out is not None:
+        out.write_text(methods_markdown(result), encoding="utf-8")
+    emit(result, as_json, methods_lines(result))
+
+
+@main.command()
+@click.option("--checkpoint", type=FOLDER, required=True, help="A checkpoint, or a training run's folder.")
+@click.option("--data", "data_dir", type=FOLDER, required=True, help="What the checkpoint was trained on.")
+@click.option(
     "--max-delta-ne", type=click.FloatRange(min=0, min_open=True), help="Budget; .001 is a tenth of a percent."
 )
 @click.option("--trials", type=click.IntRange(min=1), help="Plans to try.")

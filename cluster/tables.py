@@ -64,6 +64,49 @@ def losses_table(by_table: dict[str, dict[str, float]]) -> list[str]:
     return render(title, ["table", "predicted", "measured", "+-"], rows)
 
 
+def methods_lines(result: dict[str, Any]) -> list[str]:
+    """Ways of compressing tables, one a line: size, time of 500 candidates, quality on all rows."""
+    fp32 = result["table_bytes_fp32"]
+    rows = [
+        [
+            m["name"],
+            f"{m['row_bytes'] / fp32:.2%}",
+            f"{m['table_bytes'] / fp32:.2%}",
+            "-" if m["milliseconds"] is None else f"{m['milliseconds']:.2f}",
+            f"{m['delta_auc']:+.5f}",
+            f"{m['delta_ne']:+.3%}",
+            f"{m['delta_ne_upper']:+.3%}",
+        ]
+        for m in result["methods"]
+    ]
+    title = f"{result['rows']:,} rows of {result['split']}; fp32 rows take {size(fp32)}"
+    lines = render(title, ["method", "rows", "with ids", "ms of 500", "delta AUC", "delta NE", "95% bound"], rows)
+    return [*lines, "with --out: on rare ids, unknown ones and each task, too"]
+
+
+def methods_markdown(result: dict[str, Any]) -> str:
+    """The same as a Markdown table, with delta NE on each slice of the rows."""
+    fp32 = result["table_bytes_fp32"]
+    slices = list(dict.fromkeys(name for m in result["methods"] for name in m["slices"]))
+    head = ["method", "rows, % of fp32", "with id map", "ms of 500", "delta AUC", "95% bound", "delta NE", "95% bound"]
+    lines = [head + [f"delta NE, {name}" for name in slices], ["---"] + ["---:"] * (len(head) + len(slices) - 1)]
+    for m in result["methods"]:
+        lines.append(
+            [
+                m["name"],
+                f"{m['row_bytes'] / fp32:.2%}",
+                f"{m['table_bytes'] / fp32:.2%}",
+                "-" if m["milliseconds"] is None else f"{m['milliseconds']:.2f}",
+                f"{m['delta_auc']:+.5f}",
+                f"{m['delta_auc_lower']:+.5f}",
+                f"{m['delta_ne']:+.3%}",
+                f"{m['delta_ne_upper']:+.3%}",
+                *(f"{m['slices'][name]['delta_ne']:+.3%}" for name in slices),
+            ]
+        )
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def checkpoint_table(result: dict[str, Any]) -> list[str]:
     """What is inside a checkpoint."""
     rows = [

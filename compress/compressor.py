@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ from trainer.files import new_directory, write_json
 from trainer.metrics import row_losses
 from trainer.progress import ReportProgress
 
-SHARED_BITS: Literal[8] = 8
+SHARED_BITS: Final = 8
 HEAD_ROWS = 65_536  # of each split, that a smaller head is made and gated on
 WIDTH_STEP = 8  # columns: what INT2 rows fill whole bytes by, and FBGEMM takes at any bits
 
@@ -298,9 +298,11 @@ def compress(
     profiles: Mapping[str, TableProfile],
     progress: ReportProgress,
     metrics: Mapping[str, Any] | None = None,
+    dense: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Write the artifact of a plan into the folder `out`, and return its manifest.
 
+    `dense` is the head to write, calibrated; the checkpoint's own by default.
     Raises: PlanError when a table cannot do what the plan asks; DataError when data and checkpoint do not belong
     together; SlimrankError when `out` holds something already.
     """
@@ -322,12 +324,12 @@ def compress(
         write_ids(staging / "ids.arrow", transform.id_maps, {n: r.layout for n, r in resolved.items()})
         own = transform.with_id_maps(read_ids(staging / "ids.arrow", transform.tables, tables))
         block = map_block(staging / "tables.bin", pieces_of(tables)[1])
-        dense = checkpoint.dense_state()
+        state = checkpoint.dense_state() if dense is None else dict(dense)
         model = build_model(
-            checkpoint.run, own, tables, block, head_of(checkpoint.run, own, dense), "unsealed", decoders
+            checkpoint.run, own, tables, block, head_of(checkpoint.run, own, state), "unsealed", decoders
         )
         if plan.dense == DensePlan():
-            save_file(dense, staging / WEIGHTS)
+            save_file(state, staging / WEIGHTS)
         else:
             model.head = shrink_head(model, dataset, plan.dense)
             model.head.save(staging)

@@ -96,12 +96,31 @@ class TablePlan(Cut):
         return (TierPlan(bits=self.bits, keep=self.keep, coverage=self.coverage, rows=self.rows),)
 
 
+class CalibrationPlan(Config):
+    """A short fine-tune of the dense part on training rows that are read through the compressed tables.
+
+    `target`: the labels, the fp32 model's log-odds ("teacher"), or both, of which the teacher's has weight `alpha`;
+    `temperature` softens the teacher. The step with the least loss on `held_rows` of the validation split is kept, the
+    one before the first step included.
+    """
+
+    steps: int = Field(default=200, ge=1)
+    batch_size: int = Field(default=1024, ge=1)
+    lr: float = Field(default=1e-3, gt=0)
+    target: Literal["labels", "teacher", "both"] = "teacher"
+    alpha: float = Field(default=0.5, gt=0, lt=1)
+    temperature: float = Field(default=1.0, gt=0)
+    evaluations: int = Field(default=10, ge=1)
+    held_rows: int = Field(default=50_000, ge=1)
+    seed: int = 0
+
+
 class CompressionPlan(Config):
     """What to do to every table: `default`, but for the tables named in `tables`.
 
     `order` is what ranks a table's rows: how often they are looked up, their length, the product, or what the loss
-    would lose by cutting each ("fisher"). `dense` is what to do to the layers above the tables. `checkpoint` names the
-    weights that the plan was made for, where it does.
+    would lose by cutting each ("fisher"). `dense` is what to do to the layers above the tables, `calibrate` fine-tunes
+    them afterwards. `checkpoint` names the weights that the plan was made for, where it does.
     """
 
     version: Literal[1] = 1
@@ -110,6 +129,7 @@ class CompressionPlan(Config):
     tables: dict[str, TablePlan] = Field(default_factory=dict)
     dense: DensePlan = DensePlan()
     checkpoint: str | None = None
+    calibrate: CalibrationPlan | None = None
 
     def of(self, table: str) -> TablePlan:
         """The plan of one table."""

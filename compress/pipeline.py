@@ -14,8 +14,10 @@ from compress.compressor import ResolvedTable, data_of, resolve
 from compress.compressor import compress as write_artifact
 from compress.config import CompressionPlan, load_plan
 from compress.errors import PlanError
+from compress.methods.calibrate import Calibration, calibrate
 from compress.model import model_of_checkpoint, score_split
 from compress.search.budget import CODEBOOKS, parse_budget, plan_for_budget
+from compress.search.methods_table import methods_table
 from compress.search.objective import compare
 from compress.search.profile import TableProfile, profile_tables
 from compress.search.sensitivity import predict, sensitivities
@@ -27,6 +29,7 @@ from trainer.files import check_new
 from trainer.metrics import row_losses
 from trainer.progress import ReportProgress
 
+CALIBRATION_ROWS = 400_000  # of the training split at most: a working set of them is held in memory
 MEASURED_ROWS = 50_000  # of the validation split: what each table's own loss is measured on
 
 
@@ -67,17 +70,47 @@ def compress_checkpoint(
         planned = Planned(plan, profiles_for(plan, checkpoint, dataset, progress))
     resolved = resolve(planned.plan, planned.profiles)
     by_table = measure_tables(checkpoint, dataset, planned, resolved, progress)
-    metrics = {"by_table": by_table} if by_table else {}
-    manifest = write_artifact(checkpoint, dataset, planned.plan, out, planned.profiles, progress, metrics)
+    calibrated = calibrate_plan(checkpoint, dataset, planned, resolved, progress)
+    metrics: dict[str, Any] = {"by_table": by_table} if by_table else {}
+    if calibrated is not None:
+        metrics["calibration"] = calibrated.describe()
+    dense = None if calibrated is None else calibrated.compressed.dense
+    manifest = write_artifact(checkpoint, dataset, planned.plan, out, planned.profiles, progress, metrics, dense)
     labels, logits = score_split(load_artifact(out).model, dataset, split)
-    _, reference = score_split(model_of_checkpoint(checkpoint, dataset.transform), dataset, split)
+    fp32 = model_of_checkpoint(checkpoint, dataset.transform)
+    _, reference = score_split(fp32, dataset, split)
+    if calibrated is not None:
+        fp32.head.load_state_dict(calibrated.control.dense)
+        _, control = score_split(fp32, dataset, split)
+        metrics["calibration"] |= {
+            "control_against_fp32": asdict(compare(labels, control, reference)),
+            "against_control": asdict(compare(labels, logits, control)),
+        }
     return {
         "artifact": str(Path(out).absolute()),
         "version": manifest["version"],
         **manifest["sizes"],
         "split": split,
         **asdict(compare(labels, logits, reference)),
-        **({"by_table": by_table} if by_table else {}),
+        **metrics,
+    }
+
+
+def compare_methods(
+    checkpoint_path: Path, data: Path, progress: ReportProgress, split: SplitName = "test", rows: int = 100_000
+) -> dict[str, Any]:
+    """Every way of compressing a checkpoint's tables, side by side; returns what `methods --json` prints.
+
+    Raises: SlimrankError when checkpoint and data do not belong together.
+    """
+    checkpoint = open_checkpoint(checkpoint_path)
+    dataset = data_of(checkpoint, open_dataset(data))
+    return {
+        "checkpoint": checkpoint.version,
+        "split": split,
+        "rows": min(rows, dataset.rows(split)),
+        "table_bytes_fp32": sum(t.fp32_bytes for t in dataset.transform.tables.values()),
+        "methods": [m.describe() for m in methods_table(checkpoint, dataset, progress, split, rows)],
     }
 
 
@@ -98,6 +131,23 @@ def plan_budget(checkpoint: Checkpoint, dataset: Dataset, budget: str, progress:
     predicted = predict(checkpoint, profiles, fisher, dataset.rows("train"), progress)
     found = plan_for_budget(profiles, predicted, size, checkpoint=checkpoint.version)
     return Planned(found.plan, profiles, found.predicted)
+
+
+def calibrate_plan(
+    checkpoint: Checkpoint,
+    dataset: Dataset,
+    planned: Planned,
+    resolved: Mapping[str, ResolvedTable],
+    progress: ReportProgress,
+) -> Calibration | None:
+    """The head fine-tuned as the plan asks, and its control; None where the plan does not ask."""
+    asked = planned.plan.calibrate
+    if asked is None:
+        return None
+    train = spread_rows(dataset, "train", min(asked.steps * asked.batch_size, CALIBRATION_ROWS))
+    held = spread_rows(dataset, "val", asked.held_rows)
+    train_set, held_set = (extract(checkpoint, dataset.transform, planned.profiles, rows) for rows in (train, held))
+    return calibrate(train_set, held_set, resolved, asked, dataset.negative_rate, progress)
 
 
 def measure_tables(

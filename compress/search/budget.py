@@ -28,6 +28,7 @@ from trainer.data.transform import RESERVED_ROWS
 PRICE_ROUNDS = 3
 CODEBOOKS = (4, 16, 64, 256)
 ROUNDS = 8  # of fitting the exact bytes, alignment and all, into the budget
+CLOSE = 0.002  # of the budget may be left over
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 
@@ -38,6 +39,11 @@ class Budgeted:
     plan: CompressionPlan
     bytes: int
     predicted: dict[str, float]
+
+    @property
+    def loss(self) -> float:
+        """Nats of mean log loss that the plan is expected to cost."""
+        return sum(self.predicted.values())
 
 
 def parse_budget(text: str, fp32_bytes: int) -> int:
@@ -66,16 +72,28 @@ def plan_for_budget(
     `per_table` gives every table one number of bits and no cut (an exact knapsack) in place of tiers.
     Raises: PlanError when the budget is below the floor, with the floor and what holds it up.
     """
-    spare = budget
+    spare, least = budget, 0
+    best: Budgeted | None = None
     for _ in range(ROUNDS):
-        chosen = _uniform(profiles, predicted, spare) if per_table else _tiered(profiles, predicted, spare)
+        try:
+            chosen = _uniform(profiles, predicted, spare) if per_table else _tiered(profiles, predicted, spare)
+        except PlanError:
+            if best is None:
+                raise
+            break
         tables = {name: plan.model_copy(update={"clip": clip}) for name, (plan, _) in chosen.items()}
         plan = CompressionPlan(order="fisher", tables=tables, checkpoint=checkpoint)
         taken = table_bytes(resolve(plan, profiles))
-        if taken <= budget:
-            return Budgeted(plan, taken, {name: loss for name, (_, loss) in chosen.items()})
-        spare -= taken - budget
-    raise PlanError(f"budget {budget:,} bytes: too tight for the tables' alignment: give {taken:,} bytes")
+        found = Budgeted(plan, taken, {name: loss for name, (_, loss) in chosen.items()})
+        if taken <= budget and (best is None or found.loss < best.loss):
+            best = found
+        least = min(least or taken, taken)
+        if 0 <= budget - taken <= CLOSE * budget or (per_table and taken <= budget):
+            break
+        spare += budget - taken  # bytes are estimated before tiers are known: what was left over is given out
+    if best is None:
+        raise PlanError(f"budget {budget:,} bytes: too tight for the tables' alignment: give {least:,} bytes")
+    return best
 
 
 def _tiered(

@@ -1,4 +1,4 @@
-"""What a trial is judged by: delta NE with a paired-bootstrap bound, bytes, feasibility, the Pareto front.
+"""What a trial is judged by: delta NE and delta AUC with paired bounds, bytes, feasibility, the Pareto front.
 
 Delta NE is relative: NE of the compressed model / NE of the fp32 model - 1, so .001 is a tenth of a percent. The base
 rate's entropy cancels, so it is a ratio of mean log losses.
@@ -8,6 +8,7 @@ Legend: N rows, T tasks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,16 +18,21 @@ from trainer.metrics import auc, row_losses
 
 RESAMPLES = 400
 CONFIDENCE = 0.95
+ONE_SIDED = 1.6449  # standard errors of a normal law below which 95% lie
 BOOTSTRAP_CHUNK = 20_000
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Loss of quality against the fp32 model on the same rows; the worst task's where there are several."""
+    """Loss of quality against the fp32 model on the same rows; the worst task's where there are several.
+
+    Bounds are one-sided at 95%: of delta NE from above, of delta AUC from below.
+    """
 
     delta_ne: float
     delta_ne_upper: float
     delta_auc: float
+    delta_auc_lower: float
 
 
 def bootstrap_ratio_upper(changed_N: np.ndarray, base_N: np.ndarray, seed: int = 0) -> float:
@@ -40,16 +46,51 @@ def bootstrap_ratio_upper(changed_N: np.ndarray, base_N: np.ndarray, seed: int =
     return float(np.quantile(sums[0] / sums[1] - 1.0, CONFIDENCE))
 
 
+def midranks(values_N: np.ndarray) -> np.ndarray:
+    """Ranks (N,) from 1, the mean rank where values tie."""
+    _, place_N, counts = np.unique(values_N, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place_N]
+
+
+def placements(labels_N: np.ndarray, scores_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each positive the share of negatives it scores above, for each negative that of positives above it.
+
+    Ties count half; the mean of either is the AUC. Shapes: labels and scores (N,) -> (positives,), (negatives,).
+    Source: Sun and Xu, Fast implementation of DeLong's algorithm, 2014 (midranks in place of all pairs).
+    """
+    positive_N = labels_N > 0.5
+    positives, negatives = scores_N[positive_N], scores_N[~positive_N]
+    ranks_N = midranks(np.concatenate([positives, negatives]))
+    count = len(positives)
+    below = (ranks_N[:count] - midranks(positives)) / max(len(negatives), 1)
+    above = 1.0 - (ranks_N[count:] - midranks(negatives)) / max(count, 1)
+    return below, above
+
+
+def delta_auc_error(labels_N: np.ndarray, logits_N: np.ndarray, reference_N: np.ndarray) -> float:
+    """Standard error of AUC(logits) - AUC(reference) on the same rows (N,); NaN with fewer than two of either class.
+
+    Source: DeLong, DeLong and Clarke-Pearson, 1988: the variance of two correlated AUCs.
+    """
+    new, old = placements(labels_N, logits_N), placements(labels_N, reference_N)
+    changes = [a - b for a, b in zip(new, old, strict=True)]
+    if min(len(c) for c in changes) < 2:
+        return math.nan
+    return float(np.sqrt(sum(c.var(ddof=1) / len(c) for c in changes)))
+
+
 def compare(labels: np.ndarray, logits: np.ndarray, reference: np.ndarray, seed: int = 0) -> Quality:
     """Quality of (N, T) log-odds against the fp32 model's on the same labels (N, T)."""
     worst: Quality | None = None
     for task in range(labels.shape[1]):
         y, new, old = labels[:, task], logits[:, task], reference[:, task]
         changed, base = row_losses(y, new), row_losses(y, old)
+        change = auc(y, new) - auc(y, old)
         quality = Quality(
             float(changed.mean() / base.mean() - 1.0),
             bootstrap_ratio_upper(changed, base, seed),
-            auc(y, new) - auc(y, old),
+            change,
+            change - ONE_SIDED * delta_auc_error(y, new, old),
         )
         if worst is None or quality.delta_ne_upper > worst.delta_ne_upper:
             worst = quality

@@ -246,7 +246,7 @@ def choose(front: list[dict[str, Any]], gate: Shared, budget: float) -> tuple[in
 
 def _gate(point: Mapping[str, Any], gate: Shared, budget: float) -> tuple[Quality, bool]:
     result, _ = run_plan(gate, CompressionPlan.model_validate(point["plan"]))
-    quality = Quality(result["delta_ne"], result["delta_ne_upper"], result["delta_auc"])
+    quality = Quality(**{name: result[name] for name in Quality.__dataclass_fields__})
     return quality, quality.delta_ne_upper <= budget
 
 

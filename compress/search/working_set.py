@@ -160,11 +160,17 @@ def _localized(part: ResolvedTable, ranks: np.ndarray, clusters: Mapping[int, np
     return replace(part, stored=replace(part.stored, tiers=tiers), layout=local)
 
 
-def score(working: WorkingSet, resolved: Mapping[str, ResolvedTable] | None) -> np.ndarray:
-    """Log-odds (N, T) of the sample, compressed as resolved; the fp32 model's when nothing is."""
+def trial(working: WorkingSet, resolved: Mapping[str, ResolvedTable] | None) -> tuple[CompressedModel, Encoded]:
+    """The model of `trial_model`, and the sample with its ids as rows of that model's tables."""
     model, rows_of = trial_model(working, resolved)
     sparse = {
         name: replace(ragged, values=rows_of[working.transform.table_of(name).name][ragged.values])
         for name, ragged in working.sample.sparse.items()
     }
-    return model.score_encoded(Encoded(sparse, working.sample.dense))
+    return model, Encoded(sparse, working.sample.dense)
+
+
+def score(working: WorkingSet, resolved: Mapping[str, ResolvedTable] | None) -> np.ndarray:
+    """Log-odds (N, T) of the sample, compressed as resolved; the fp32 model's when nothing is."""
+    model, sample = trial(working, resolved)
+    return model.score_encoded(sample)

@@ -9,7 +9,8 @@ from typing import get_args
 import pytest
 from pydantic import BaseModel
 
-from compress.config import CompressionPlan, SearchConfig, TablePlan, TierPlan
+from compress.config import CalibrationPlan, CompressionPlan, SearchConfig, TablePlan, TierPlan
+from compress.methods.dense import DensePlan
 from serve.config import ServeConfig
 from trainer.config import (
     Distill,
@@ -52,6 +53,8 @@ SECTIONS += [
     Stage,
     Workers,
     CompressionPlan,
+    CalibrationPlan,
+    DensePlan,
     TablePlan,
     TierPlan,
     SearchConfig,

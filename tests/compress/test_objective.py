@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from compress.search import objective
-from compress.search.objective import Quality, bootstrap_ratio_upper, compare, pareto, rows_to_resolve
+from compress.search.objective import (
+    Quality,
+    bootstrap_ratio_upper,
+    compare,
+    delta_auc_error,
+    midranks,
+    pareto,
+    placements,
+    rows_to_resolve,
+)
 from trainer.metrics import auc, row_losses
 
 
@@ -135,4 +144,43 @@ def test_pareto_of_many_points_equals_the_definition() -> None:
 def test_rows_to_resolve_follow_the_square_of_the_width(
     delta: float, upper: float, budget: float, expected: int
 ) -> None:
-    assert rows_to_resolve(Quality(delta, upper, 0.0), 1000, budget) == pytest.approx(expected, abs=1)
+    assert rows_to_resolve(Quality(delta, upper, 0.0, 0.0), 1000, budget) == pytest.approx(expected, abs=1)
+
+
+def test_midranks_share_the_places_of_ties() -> None:
+    assert midranks(np.array([3.0, 1.0, 3.0, 2.0, 3.0])).tolist() == [4.0, 1.0, 4.0, 2.0, 4.0]
+
+
+def test_placements_are_those_of_all_pairs_and_average_to_the_auc() -> None:
+    rng = np.random.default_rng(3)
+    labels, scores = (rng.random(300) < 0.3).astype(np.float32), np.round(rng.normal(size=300), 1)
+    above, below = placements(labels, scores)
+    pairs = np.sign(scores[labels == 1][:, None] - scores[labels == 0][None]) / 2 + 0.5
+    np.testing.assert_allclose(above, pairs.mean(1), atol=1e-12)
+    np.testing.assert_allclose(below, pairs.mean(0), atol=1e-12)
+    assert above.mean() == pytest.approx(auc(labels, scores)) == pytest.approx(below.mean())
+
+
+def test_delta_auc_error_is_the_spread_over_samples() -> None:
+    """DeLong's standard error against the standard deviation of delta AUC over fresh samples of the same law."""
+    deltas, errors = [], []
+    for seed in range(150):
+        labels, noisy, reference = (x[:, 0] for x in sample_task(1500, 500 + seed, 0.5))
+        deltas.append(auc(labels, noisy) - auc(labels, reference))
+        errors.append(delta_auc_error(labels, noisy, reference))
+    assert np.mean(errors) == pytest.approx(np.std(deltas), rel=0.15)
+
+
+def test_delta_auc_error_pairs_rows() -> None:
+    """A model that ranks alike has no spread, whatever the AUC's own is; two models without relation have more."""
+    labels, noisy, reference = (x[:, 0] for x in sample_task(800, 0, 0.5))
+    assert delta_auc_error(labels, 3 * reference - 1, reference) == pytest.approx(0.0, abs=1e-12)
+    assert delta_auc_error(labels, noisy, reference) < delta_auc_error(labels, noisy[::-1], reference)
+
+
+def test_compare_bounds_delta_auc_from_below() -> None:
+    labels, noisy, reference = sample_task(2000, 1, 0.5)
+    found = compare(labels, noisy, reference)
+    error = delta_auc_error(labels[:, 0], noisy[:, 0], reference[:, 0])
+    assert found.delta_auc_lower == pytest.approx(found.delta_auc - 1.645 * error, rel=1e-3)
+    assert found.delta_auc_lower < found.delta_auc < 0
