@@ -14,7 +14,8 @@ from compress.compressor import ResolvedTable, data_of, resolve
 from compress.compressor import compress as write_artifact
 from compress.config import CompressionPlan, load_plan
 from compress.errors import PlanError
-from compress.model import model_of_checkpoint, score_split
+from compress.evaluate import score_checkpoint
+from compress.model import score_split
 from compress.search.budget import CODEBOOKS, parse_budget, plan_for_budget
 from compress.search.objective import compare
 from compress.search.profile import TableProfile, profile_tables
@@ -70,7 +71,7 @@ def compress_checkpoint(
     metrics = {"by_table": by_table} if by_table else {}
     manifest = write_artifact(checkpoint, dataset, planned.plan, out, planned.profiles, progress, metrics)
     labels, logits = score_split(load_artifact(out).model, dataset, split)
-    _, reference = score_split(model_of_checkpoint(checkpoint, dataset.transform), dataset, split)
+    _, reference = score_checkpoint(checkpoint, dataset, split)
     return {
         "artifact": str(Path(out).absolute()),
         "version": manifest["version"],
