@@ -41,11 +41,11 @@ from compress.encryption import close_all, decrypted_files
 from compress.errors import ArtifactError
 from compress.ids import read_ids
 from compress.lookup import map_block, pieces_of
-from compress.manifest import MANIFEST, MANIFEST_BYTES, open_regular, parse_manifest, read_bounded, seal, stored_tables
+from compress.manifest import MANIFEST, MANIFEST_BYTES, parse_manifest, read_bounded, seal, stored_tables
 from compress.model import CompressedModel, build_model
 from compress.onnx_head import ONNX_HEAD, check_onnx, head_of
 from compress.signing import check_signature, configured_keys
-from compress.verified import checksum
+from compress.verified import checksum, open_regular
 from trainer.config import RunConfig, parse_run
 from trainer.data.transform import Transform, flat, read_description
 from trainer.errors import SlimrankError

@@ -21,7 +21,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from compress.errors import ArtifactError
-from compress.manifest import open_regular
+from compress.verified import open_regular
 
 KEY = "SLIMRANK_ARTIFACT_KEY"
 ALGORITHM = "AES-256-GCM"

@@ -121,7 +121,7 @@ def target_rows(trained: IdMap, layout: Layout) -> np.ndarray:
 def key_bits(keys: np.ndarray) -> int:
     """The fewest leading bits of 64-bit hashes (K,) that tell them apart and keep unknown ids unknown."""
     enough = max(MIN_KEY_BITS, int(np.ceil(np.log2(max(len(keys), 1) / FALSE_KNOWN))))
-    ordered = np.sort(np.asarray(keys))
+    ordered = keys if (keys[1:] > keys[:-1]).all() else np.sort(keys)
     if len(ordered) < 2:
         return enough
     nearest = int((ordered[1:] ^ ordered[:-1]).min())

@@ -9,11 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
-import stat
 from collections.abc import Mapping, Sequence
-from io import BufferedReader
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -24,9 +21,10 @@ from compress.errors import ArtifactError, PlanError
 from compress.lookup import INT32_MAX, StoredTable, Tier, pieces_of
 from compress.methods.codebook import MAX_CENTROIDS
 from compress.methods.codec import row_bytes
+from compress.verified import open_regular, written_checksum
 from trainer.config import describe
 from trainer.data.transform import RESERVED_ROWS
-from trainer.files import sha256, write_text
+from trainer.files import write_text
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -60,22 +58,6 @@ FILES: dict[str, FileRule] = {
 
 
 # -- bounded, strict JSON --------------------------------------------------------------------------------------------
-
-
-def open_regular(path: Path) -> BufferedReader:
-    """Open a file that is a file: no link, device, pipe or folder, and nothing that opening could block on.
-
-    Raises: ArtifactError naming it.
-    """
-    try:
-        if not stat.S_ISREG(path.lstat().st_mode):
-            raise ArtifactError(f"{path}: not a regular file: an artifact holds no links, folders or devices")
-        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise ArtifactError(f"{path}: missing from the artifact: compress again, or restore the file") from None
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be opened: {error.strerror}") from None
-    return os.fdopen(file, "rb")
 
 
 def read_bounded(path: Path, most: int) -> bytes:
@@ -302,10 +284,11 @@ def _one_line(text: str) -> str:
 def seal(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Add checksums, the whole size and the version to a manifest, and write it: the last step of an artifact.
 
-    Figures that are not finite become null. Raises: ArtifactError when a loader would refuse the result.
+    Figures that are not finite become null. This machine then knows the checksums of large files
+    (compress/verified.py). Raises: ArtifactError when a loader would refuse the result.
     """
     paths = sorted(p for p in folder.iterdir() if p.name not in (MANIFEST, SIGNATURE))
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in paths}
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": written_checksum(p)} for p in paths}
     sealed = {**finite(manifest), "format_version": FORMAT_VERSION, "version": NO_VERSION, "files": files}
     others = sum(p.stat().st_size for p in paths)
     own = 0

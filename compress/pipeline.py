@@ -14,8 +14,9 @@ from compress.compressor import ResolvedTable, data_of, resolve
 from compress.compressor import compress as write_artifact
 from compress.config import CompressionPlan, load_plan
 from compress.errors import PlanError
+from compress.evaluate import score_checkpoint
 from compress.methods.calibrate import Calibration, calibrate
-from compress.model import model_of_checkpoint, score_split
+from compress.model import score_split
 from compress.search.budget import CODEBOOKS, parse_budget, plan_for_budget
 from compress.search.methods_table import methods_table
 from compress.search.objective import compare
@@ -77,11 +78,9 @@ def compress_checkpoint(
     dense = None if calibrated is None else calibrated.compressed.dense
     manifest = write_artifact(checkpoint, dataset, planned.plan, out, planned.profiles, progress, metrics, dense)
     labels, logits = score_split(load_artifact(out).model, dataset, split)
-    fp32 = model_of_checkpoint(checkpoint, dataset.transform)
-    _, reference = score_split(fp32, dataset, split)
+    _, reference = score_checkpoint(checkpoint, dataset, split)
     if calibrated is not None:
-        fp32.head.load_state_dict(calibrated.control.dense)
-        _, control = score_split(fp32, dataset, split)
+        _, control = score_checkpoint(checkpoint, dataset, split, calibrated.control.dense)
         metrics["calibration"] |= {
             "control_against_fp32": asdict(compare(labels, control, reference)),
             "against_control": asdict(compare(labels, logits, control)),

@@ -293,16 +293,19 @@ class Checkpoint:
         return torch.empty((0, *shape[1:])) if out is None else out
 
     def table_rows(self, table: str, rows: np.ndarray) -> Tensor:
-        """Chosen rows (sorted, distinct) of a table's weight, read in chunks: memory is theirs and one chunk's."""
+        """Chosen rows (sorted, distinct) of a table's weight: memory is theirs, and no page of the others is read."""
         key = f"tables/{table}/weight"
-        total = self.shape(key)[0]
-        parts = []
-        for first in range(0, total, READ_ROWS):
-            last = min(first + READ_ROWS, total)
-            low, high = np.searchsorted(rows, (first, last))
-            if low < high:
-                parts.append(self.read(key, first, last)[torch.from_numpy(rows[low:high] - first)])
-        return torch.cat(parts) if parts else torch.empty((0, self.shape(key)[1]))
+        out = None
+        for part in self.manifest["tensors"][key]["parts"]:
+            (begin, column), (size, columns) = part["offsets"], part["sizes"]
+            low, high = np.searchsorted(rows, (begin, begin + size))
+            if low == high:
+                continue
+            stored = self._file(part["file"]).get_tensor(part["name"])  # mapped, not read
+            if out is None:
+                out = torch.empty((len(rows), self.shape(key)[1]), dtype=stored.dtype)
+            out[low:high, column : column + columns] = stored[torch.from_numpy(rows[low:high] - begin)]
+        return torch.empty((0, self.shape(key)[1])) if out is None else out
 
     def table_chunks(self, table: str) -> Iterator[tuple[int, Tensor]]:
         """A table's weight in row chunks: (first row, rows)."""

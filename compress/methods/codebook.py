@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 ROUNDS = 12
-CHUNK_ROWS = 1 << 16
+CHUNK_ROWS = 2048  # their distances to 256 centroids stay in the second-level cache
 MAX_CENTROIDS = 256
 
 
@@ -57,9 +57,11 @@ def _means(rows_SD: Tensor, weight_S: Tensor, group_S: Tensor, count: int) -> Te
 def nearest(rows_ND: Tensor, centroids_CD: Tensor, root_DD: Tensor) -> np.ndarray:
     """The number (N,) uint8 of each row's nearest centroid, seen through `root_DD`."""
     found = np.empty(len(rows_ND), dtype=np.uint8)
-    seen_CD = (centroids_CD @ root_DD).double()
+    middle_D = centroids_CD.mean(0)  # what rows have in common would cost the digits in which they differ
+    seen_CD = (centroids_CD - middle_D) @ root_DD
+    through_DC = -2 * root_DD @ seen_CD.T
+    squares_C = seen_CD.square().sum(1)
     for first in range(0, len(rows_ND), CHUNK_ROWS):
-        seen = rows_ND[first : first + CHUNK_ROWS].double() @ root_DD.double()
-        far = seen_CD.square().sum(1) - 2 * seen @ seen_CD.T
-        found[first : first + CHUNK_ROWS] = far.argmin(1).to(torch.uint8).numpy()
+        far_NC = torch.addmm(squares_C, rows_ND[first : first + CHUNK_ROWS].float() - middle_D, through_DC)
+        found[first : first + CHUNK_ROWS] = far_NC.argmin(1).numpy()
     return found

@@ -9,6 +9,7 @@ Legend: N rows, D embedding dim, E bucket edges (E - 1 buckets), S sampled rows.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -27,6 +28,7 @@ from trainer.data.transform import RESERVED_ROWS, IdMap, TableInfo
 from trainer.errors import CheckpointError
 from trainer.progress import ReportProgress
 
+CHUNK_ROWS = 1 << 14  # looked at together: in fp64 they stay in the cache, and what they take is not given back
 CODEBOOK_ROWS = 16_384  # of a table that its centroids are fitted to
 ROWS_PER_CENTROID = 4  # a table has a codebook where it has so many rows for each
 HEAD_SHARE = 0.02  # of the ranks, which have rows of their own: codebooks are for the others
@@ -47,12 +49,12 @@ class Codebook:
 class TableProfile:
     """Score, bucket edges and bucket sums of one table.
 
-    order (N,), counts (N,) int64: training rows by rank; lookups of each row (both empty in what trials get). edges
-    (E,), lookups (E,): ranks, and lookups before each. sums (E - 1, D) float64 and weights (E - 1,): weighted rows of
-    each bucket. moment (D, D) float64: sum of n w w' over rows w looked up n times. oov (D,): the out-of-vocabulary
-    row; unknown: how many lookups in as many rows as the training split's would meet it, by the validation split.
-    key_bits: of a stored key; None for a hash or bucket table. fisher (D, D): what the loss minds, where it is known.
-    codebooks: by their number of centroids.
+    order (N,) int32, counts (N,) int64: training rows by rank; lookups of each row (both empty in what trials get).
+    edges (E,), lookups (E,): ranks, and lookups before each. sums (E - 1, D) float64 and weights (E - 1,): weighted
+    rows of each bucket. moment (D, D) float64: sum of n w w' over rows w looked up n times. oov (D,): the
+    out-of-vocabulary row; unknown: how many lookups in as many rows as the training split's would meet it, by the
+    validation split. key_bits: of a stored key; None for a hash or bucket table. fisher (D, D): what the loss minds,
+    where it is known. codebooks: by their number of centroids.
     """
 
     info: TableInfo
@@ -76,9 +78,9 @@ class TableProfile:
         return replace(self, order=none, counts=none, codebooks=books)
 
     def ranks(self) -> np.ndarray:
-        """Rank (N,) int64 of each training row."""
-        ranks = np.empty(len(self.order), dtype=np.int64)
-        ranks[self.order] = np.arange(len(self.order))
+        """Rank (N,) int32 of each training row."""
+        ranks = np.empty(len(self.order), dtype=np.int32)
+        ranks[self.order] = np.arange(len(self.order), dtype=np.int32)
         return ranks
 
     def cut(self, asked: Cut) -> int:
@@ -162,34 +164,37 @@ def profile_table(
     scores = row_scores(checkpoint, table, counts_N, order, fisher_DD)
     ranked = order_by_score(scores, counts_N)
     edges = bucket_edges(table.num_embeddings)
-    before = np.concatenate([[0], np.cumsum(counts_N[ranked])])
-    bucket_of_row = np.empty(len(ranked), dtype=np.int64)
-    bucket_of_row[ranked] = np.searchsorted(edges, np.arange(len(ranked)), side="right")
-    sums = torch.zeros((len(edges) + 1, table.embedding_dim), dtype=torch.float64)
-    weights = torch.zeros(len(edges) + 1, dtype=torch.float64)
+    bucket_of_row = np.empty(len(ranked), dtype=np.uint8)
+    looked_up = []
+    for index, (first, last) in enumerate(itertools.pairwise([0, *edges])):  # bucket 0: the reserved rows
+        bucket_of_row[ranked[first:last]] = index
+        looked_up.append(int(counts_N[ranked[first:last]].sum()))
+    sums = torch.zeros((len(edges), table.embedding_dim), dtype=torch.float64)
+    weights = torch.zeros(len(edges), dtype=torch.float64)
     moment = torch.zeros((table.embedding_dim, table.embedding_dim), dtype=torch.float64)
 
     def add(chunk: slice, rows: Tensor) -> None:
-        bucket = torch.from_numpy(bucket_of_row[chunk])
+        bucket = torch.from_numpy(bucket_of_row[chunk]).int()
         weight = torch.from_numpy(np.maximum(counts_N[chunk], UNSEEN_WEIGHT).astype(np.float64))
-        weighted = rows.double() * weight[:, None]
+        values = rows.double()
+        weighted = values * weight[:, None]
         sums.index_add_(0, bucket, weighted)
         weights.index_add_(0, bucket, weight)
-        moment.add_(weighted.T @ rows.double())
+        moment.add_(weighted.T @ values)
 
     each_chunk(checkpoint, table, add)
     keys = None if id_map.keys is None else id_map.keys_by_row()
     bits = None if keys is None else key_bits(keys)
     books = make_codebooks(checkpoint, table, ranked, edges, counts_N, keys, fisher_DD, codebooks)
-    # bucket 0 of the searchsorted holds the reserved rows, which no centroid counts
+    # no centroid counts the reserved rows
     return TableProfile(
         table,
         ranked,
         counts_N,
         edges,
-        before[edges],
-        sums[1:-1].numpy(),
-        weights[1:-1].numpy(),
+        np.cumsum(looked_up),
+        sums[1:].numpy(),
+        weights[1:].numpy(),
         moment.numpy(),
         checkpoint.table_rows(table.name, np.zeros(1, dtype=np.int64))[0].numpy(),
         unknown,
@@ -201,12 +206,14 @@ def profile_table(
 
 def each_chunk(checkpoint: Checkpoint, table: TableInfo, look: Callable[[slice, Tensor], None]) -> None:
     """Call `look` with each chunk of a table's rows. Raises: CheckpointError when one holds NaN or infinity."""
-    for first, rows in checkpoint.table_chunks(table.name):
-        if not bool(torch.isfinite(rows).all()):
-            raise CheckpointError(
-                f"{checkpoint.folder}: table {table.name} holds values that are not finite: train again"
-            )
-        look(slice(first, first + len(rows)), rows)
+    for begin, read in checkpoint.table_chunks(table.name):
+        for index, rows in enumerate(read.split(CHUNK_ROWS)):
+            if not bool(torch.isfinite(rows).all()):
+                raise CheckpointError(
+                    f"{checkpoint.folder}: table {table.name} holds values that are not finite: train again"
+                )
+            first = begin + index * CHUNK_ROWS
+            look(slice(first, first + len(rows)), rows)
 
 
 def row_scores(
@@ -237,13 +244,13 @@ def row_scores(
 def mean_row(checkpoint: Checkpoint, table: TableInfo, counts_N: np.ndarray) -> Tensor:
     """The mean row (D,) float64 of a table, weighted by lookups, reserved rows left out."""
     total, weight = torch.zeros(table.embedding_dim, dtype=torch.float64), 0.0
-    counts = np.maximum(counts_N, UNSEEN_WEIGHT).astype(np.float64)
-    counts[:RESERVED_ROWS] = 0.0
 
     def add(chunk: slice, rows: Tensor) -> None:
         nonlocal weight
-        total.add_(torch.from_numpy(counts[chunk]) @ rows.double())
-        weight += float(counts[chunk].sum())
+        counts = np.maximum(counts_N[chunk], UNSEEN_WEIGHT).astype(np.float64)
+        counts[: max(RESERVED_ROWS - chunk.start, 0)] = 0.0
+        total.add_(torch.from_numpy(counts) @ rows.double())
+        weight += float(counts.sum())
 
     each_chunk(checkpoint, table, add)
     return total / max(weight, UNSEEN_WEIGHT)
@@ -287,21 +294,22 @@ def make_codebooks(
         means = class_means(checkpoint.table_rows(table.name, together), mates, counts_N[together])
         for count, centroids in fitted.items():
             numbers[count][together] = nearest(means, centroids, root)[mates]
-    bucket = np.searchsorted(edges, np.arange(RESERVED_ROWS, rows), side="right") - 1
     books = {}
     for count, centroids in fitted.items():
-        sizes = np.zeros((len(edges) - 1, count), dtype=np.int64)
-        np.add.at(sizes, (bucket, numbers[count][order[RESERVED_ROWS:]]), 1)
-        books[count] = Codebook(centroids.numpy(), numbers[count], sizes)
+        sizes = [np.bincount(numbers[count][order[a:b]], minlength=count) for a, b in itertools.pairwise(edges)]
+        books[count] = Codebook(centroids.numpy(), numbers[count], np.stack(sizes))
     return books
 
 
 def same_class(keys: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """Training rows (M,) whose ids share their first `bits` bits with another one's, rising, and their classes (M,)."""
     classes = keys >> np.uint64(64 - bits)
-    order = np.argsort(classes, kind="stable")
-    alike = classes[order][1:] == classes[order][:-1]
-    together = np.sort(order[np.append(alike, False) | np.insert(alike, 0, False)])
+    order = None if (keys[1:] > keys[:-1]).all() else np.argsort(classes, kind="stable")
+    ordered = classes if order is None else classes[order]
+    alike = np.zeros(len(keys) + 1, dtype=bool)
+    np.equal(ordered[1:], ordered[:-1], out=alike[1:-1])
+    places = np.flatnonzero(alike[1:] | alike[:-1])
+    together = places if order is None else np.sort(order[places])
     return together + RESERVED_ROWS, np.unique(classes[together], return_inverse=True)[1]
 
 

@@ -63,7 +63,8 @@ def extract(
     for name, table in transform.tables.items():
         used = [np.arange(RESERVED_ROWS), *(rows.encoded.sparse[f].values for f in table.features)]
         touched = np.unique(np.concatenate(used))
-        rank = touched if profiles is None else profiles[name].ranks()[touched]
+        all_ranks = None if profiles is None else profiles[name].ranks()
+        rank = touched if all_ranks is None else all_ranks[touched].astype(np.int64)
         order = np.argsort(rank)
         place = np.empty(len(order), dtype=np.int64)
         place[order] = np.arange(len(order))
@@ -72,10 +73,10 @@ def extract(
             sparse[feature] = replace(ragged, values=place[np.searchsorted(touched, ragged.values)])
         weights[name] = checkpoint.table_rows(name, touched[order]).numpy()
         ranks[name] = rank[order]
-        if profiles is not None:
+        if profiles is not None and all_ranks is not None:
             books = profiles[name].codebooks
             clusters[name] = {count: book.numbers[touched[order]] for count, book in books.items()}
-            mates[name] = _mates(transform.id_maps[name], profiles[name].ranks(), touched[order])
+            mates[name] = _mates(transform.id_maps[name], all_ranks, touched[order])
     return WorkingSet(
         checkpoint.run,
         # trials score encoded rows only: vocabularies would be dead weight in the object store
