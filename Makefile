@@ -28,10 +28,11 @@ demo: $(STAMP)
 	@$(BIN)/slimrank demo
 
 test: $(STAMP) lint types
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -m "not integration" -n 2
+	@$(BIN)/python -m pytest -m integration
 
 unit: $(STAMP)
-	@$(BIN)/python -m pytest -m "not integration"
+	@$(BIN)/python -m pytest -m "not integration" -n 2
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

@@ -61,9 +61,9 @@ def score_checkpoint(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Labels and log-odds (N, T) of a prepared split by an uncompressed model whose tables need not fit in memory.
 
-    `dataset` is the checkpoint's own (see `data_of`). About 250,000 rows of the split, and the rows of the tables that
-    these touch, are in memory at a time. `dense`: weights of another head for the same tables. Scores are those of `model_of_checkpoint`, to the bit: same lookup, same head,
-    same batches.
+    `dataset` is the checkpoint's own (see `data_of`). About 250,000 rows of the split, and the table rows that these
+    touch, are in memory at a time. `dense`: weights of another head for the same tables. Scores are those of
+    `model_of_checkpoint`, to the bit: same lookup, same head, same batches.
     """
     slices = (rows for rows, _ in Reader(dataset, split, SCORE_ROWS).slices())
     labels, logits = [], []

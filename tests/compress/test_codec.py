@@ -5,9 +5,6 @@ Legend: N rows, D embedding dim, W bytes of a row.
 
 from __future__ import annotations
 
-import runpy
-from pathlib import Path
-
 import pytest
 import torch
 from compress_builders import random_rows, stored
@@ -17,6 +14,7 @@ from compress.errors import PlanError
 from compress.lookup import Lookup, pieces_of, tier_views
 from compress.methods import codec
 from compress.methods.codec import Clip, dequantize_rows, quantize_rows, quantize_rows_oracle, row_bytes
+from compress.peers import greedy_rows
 
 CLIPS: tuple[Clip, Clip] = ("search", "minmax")
 
@@ -331,8 +329,7 @@ def test_codec_rows_depend_on_themselves_alone(bits: int, clip: Clip) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 4])
-def test_greedy_rows_of_the_benchmarks_decode_as_torch_decodes_them(bits: int) -> None:
-    greedy_rows = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "peers" / "greedy.py"))["greedy_rows"]
+def test_greedy_rows_decode_as_torch_decodes_them(bits: int) -> None:
     rows = drawn((50, 16), "laplace")
     coded = greedy_rows(rows, bits)
     name = f"embedding_bag_{bits}bit"

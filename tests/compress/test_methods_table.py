@@ -70,7 +70,8 @@ def test_peers_need_the_id_map_of_whoever_cuts_nothing(methods: dict[str, Method
     assert whole == methods["torchrec INT8"].id_map_bytes == methods["INT8 search"].id_map_bytes
 
 
-def test_tables_are_printed_for_people(methods: dict[str, Method]) -> None:
+def test_tables_are_printed_for_people(methods: dict[str, Method], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     described = [m.describe() for m in methods.values()]
     result = {"methods": described, "table_bytes_fp32": methods["fp32"].row_bytes, "rows": 600, "split": "val"}
     lines = methods_lines(result)
