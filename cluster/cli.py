@@ -329,6 +329,8 @@ def methods(
 
     if not debug:
         quiet()
+    if out is not None and not out.parent.is_dir():
+        raise click.BadParameter(f"{out.parent} is no folder: make it first", param_hint="--out")
     result = compare_methods(checkpoint, data_dir, Progress().step, split, rows)
     if out is not None:
         out.write_text(methods_markdown(result), encoding="utf-8")
