@@ -172,11 +172,24 @@ def unpack_sorted(packed: np.ndarray, count: int, bits: int) -> np.ndarray:
         raise ArtifactError(f"a segment of {len(places)} keys is said to have {count}")
     numbers = (places - np.arange(count)).astype(np.uint64) << np.uint64(low)
     for at in range(0, count if low else 0, CHUNK_KEYS):  # a multiple of 8 keys fills whole bytes
-        some = min(CHUNK_KEYS, count - at)
-        lows = np.unpackbits(packed[at * low // 8 : split], count=some * low, bitorder="little").reshape(some, low)
-        for bit in range(low):
-            numbers[at : at + some] |= lows[:, bit].astype(np.uint64) << np.uint64(bit)
+        numbers[at : at + CHUNK_KEYS] |= _unpack_bits(packed[at * low // 8 : split], min(CHUNK_KEYS, count - at), low)
     return numbers
+
+
+def _unpack_bits(packed: np.ndarray, count: int, bits: int) -> np.ndarray:
+    """Numbers (K,) uint64 of so many bits each, side by side from the low bits up."""
+    groups = -(-count // 8)  # eight numbers fill whole bytes, the same ones in every group
+    whole = np.zeros(groups * bits, dtype=np.uint8)
+    whole[: len(packed)] = packed[: len(whole)]
+    columns = whole.reshape(groups, bits).T.astype(np.uint64)
+    numbers = np.empty((groups, 8), dtype=np.uint64)
+    for index in range(8):
+        first, *others = range(index * bits // 8, -(-(index + 1) * bits // 8))
+        number = columns[first] >> np.uint64(index * bits % 8)
+        for byte in others:
+            number |= columns[byte] << np.uint64(byte * 8 - index * bits)
+        numbers[:, index] = number & np.uint64((1 << bits) - 1)
+    return numbers.reshape(-1)[:count]
 
 
 def segment_bits(segments: int) -> int:
@@ -338,6 +351,8 @@ class Segments:
 
 
 def _sorted(keys: Sequence[np.ndarray], rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    if len(keys) == 1:
+        return keys[0], rows[0]
     together = np.concatenate([np.zeros(0, dtype=np.uint64), *keys])
     sort = np.argsort(together, kind="stable")
     return together[sort], np.concatenate([np.zeros(0, dtype=np.int64), *rows])[sort]
