@@ -30,7 +30,7 @@ from trainer.models import build_head
 SCALE = 0.3  # of a row's values: about that of trained rows
 TRAIN_ROWS = 400_000
 EVAL_ROWS = 50_000
-HEAD = CalibrationPlan(steps=2500, batch_size=2048, lr=2e-3, target="labels", evaluations=10)
+HEAD = CalibrationPlan(steps=1500, batch_size=2048, lr=2e-3, target="labels", evaluations=10)
 
 
 def planted_rows(dataset: Dataset, raw: Path, seed: int) -> dict[str, np.ndarray]:
