@@ -50,16 +50,16 @@ class ResolvedTable:
     """What a plan means for one table.
 
     `layout` says where each training row lies; what grows with the table is empty in what trials get. `bits` of each
-    segment of kept rows; `apart`: whether reserved rows and centroids are a tier of their own. `centroids` (C, D);
-    `unknown` (D,): what the out-of-vocabulary row holds where ids that are forgotten read it too. `encoder` (D, width)
-    makes narrow rows, `decoder` (width, D) widens them.
+    segment of kept rows; `apart`: whether reserved rows and centroids are a tier of their own; `clips`: of rows of so
+    many bits. `centroids` (C, D); `unknown` (D,): what the out-of-vocabulary row holds where ids that are forgotten
+    read it too. `encoder` (D, width) makes narrow rows, `decoder` (width, D) widens them.
     """
 
     stored: StoredTable
     layout: Layout
     bits: tuple[int, ...]
     apart: bool
-    clip: Clip
+    clips: Mapping[int, Clip]
     centroids: np.ndarray
     unknown: np.ndarray | None
     encoder: np.ndarray | None
@@ -74,7 +74,8 @@ class ResolvedTable:
         narrow = (
             rows_ND if self.encoder is None else (rows_ND.double() @ torch.from_numpy(self.encoder).double()).float()
         )
-        return quantize_rows(narrow, self.stored.tiers[tier].bits, self.clip)
+        bits = self.stored.tiers[tier].bits
+        return quantize_rows(narrow, bits, self.clips[bits])
 
 
 def resolve(plan: CompressionPlan, profiles: Mapping[str, TableProfile]) -> dict[str, ResolvedTable]:
@@ -123,7 +124,7 @@ def resolve_table(asked: TablePlan, profile: TableProfile) -> ResolvedTable:
         Layout(profile.order, ends, zone, count, numbers),
         bits,
         apart,
-        asked.clip,
+        {SHARED_BITS: asked.clip, **{t.bits: t.clip or asked.clip for t in asked.all_tiers}},
         centroids,
         profile.fallback(zone) if zone < rows else None,
         encoder,

@@ -43,10 +43,12 @@ class Cut(Config):
 class TierPlan(Cut):
     """The rows up to a cut, behind those of the tier before, at `bits` a value.
 
-    With bits 0, in the last tier only, each of them reads the nearest of the table's `centroids`.
+    With bits 0, in the last tier only, each of them reads the nearest of the table's `centroids`. `clip`: the table's,
+    where it is not given.
     """
 
     bits: TierBits
+    clip: Clip | None = None
 
 
 class TablePlan(Cut):

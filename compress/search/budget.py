@@ -15,7 +15,7 @@ from typing import cast
 import numpy as np
 
 from compress.compressor import SHARED_BITS, resolve, table_bytes
-from compress.config import Bits, Clip, CompressionPlan, TablePlan, TierBits, TierPlan, Unknown
+from compress.config import Bits, CompressionPlan, TablePlan, TierPlan, Unknown
 from compress.errors import PlanError
 from compress.ids import id_map_bytes, loose_bits, packed_bytes
 from compress.lookup import TABLE_ALIGNMENT
@@ -64,7 +64,6 @@ def plan_for_budget(
     budget: int,
     *,
     per_table: bool = False,
-    clip: Clip = "search",
     checkpoint: str | None = None,
 ) -> Budgeted:
     """The plan of least predicted loss within `budget` bytes.
@@ -81,7 +80,7 @@ def plan_for_budget(
             if best is None:
                 raise
             break
-        tables = {name: plan.model_copy(update={"clip": clip}) for name, (plan, _) in chosen.items()}
+        tables = {name: plan for name, (plan, _) in chosen.items()}
         plan = CompressionPlan(order="fisher", tables=tables, checkpoint=checkpoint)
         taken = table_bytes(resolve(plan, profiles))
         found = Budgeted(plan, taken, {name: loss for name, (_, loss) in chosen.items()})
@@ -202,13 +201,16 @@ def tiers_of(profile: TableProfile, predicted: Predicted, choice: np.ndarray, wa
     tiers: list[TierPlan] = []
     at = 0
     for option, run in itertools.groupby(choice.tolist()):
-        at += len(list(run))
-        if option:
-            width = 0 if option == 1 else bits_of(predicted, option - 2)
-            tiers.append(TierPlan(bits=cast(TierBits, width), rows=int(profile.edges[at])))
+        first, at = at, at + len(list(run))
+        rows = int(profile.edges[at])
+        if option == 1:
+            tiers.append(TierPlan(bits=0, rows=rows))
+        elif option:
+            clip = predicted.clip(slice(first, at), option - 2)
+            tiers.append(TierPlan(bits=bits_of(predicted, option - 2), rows=rows, clip=clip))
     centroids = way.centroids if tiers and tiers[-1].bits == 0 else 1
     if len(tiers) == 1 and tiers[0].rows == profile.info.num_embeddings and tiers[0].bits:
-        return TablePlan(bits=cast(Bits, tiers[0].bits))
+        return TablePlan(bits=cast(Bits, tiers[0].bits), clip=tiers[0].clip or "search")
     if not tiers or tiers[0].bits == 0:
         tiers.insert(0, TierPlan(bits=SHARED_BITS, rows=RESERVED_ROWS))
     return TablePlan(tiers=tuple(tiers), unknown=unknown, centroids=centroids)
@@ -232,5 +234,8 @@ def _uniform(
     found = knapsack(options, _above_floor(options, budget, 0))
     plans = {}
     for (name, p), option in zip(predicted.items(), found.choices, strict=True):
-        plans[name] = TablePlan(bits=bits_of(p, option)), float(p.loss[:, option].sum())
+        plans[name] = (
+            TablePlan(bits=bits_of(p, option), clip=p.clip(slice(None), option)),
+            float(p.loss[:, option].sum()),
+        )
     return plans

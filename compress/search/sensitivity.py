@@ -11,7 +11,7 @@ Legend: N rows of a table, D embedding dim, E bucket edges (E - 1 buckets), B op
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,7 @@ from trainer.progress import ReportProgress
 SAMPLE_ROWS = 200_000
 BUCKET_ROWS = 512  # rows of a bucket that are coded to see what coding costs
 BITS = (2, 4, 8, 16, 32)
+CLIPS: tuple[Clip, ...] = ("search", "minmax")
 
 
 def sensitivities(
@@ -68,16 +69,25 @@ def sensitivities(
 class Predicted:
     """What each bucket of a table's rows would cost, in nats of mean log loss over the training rows.
 
-    loss (E - 1, B): coded at each of `bits`. nearest (E - 1,), by the number of centroids: reading the nearest of them.
-    cut (E,): all rows from an edge on read their mean row; shared (E,): they and unknown ids read one row. Rank edges
-    are the profile's.
+    coded (E - 1, B), by how rows are clipped: coded at each of `bits`. nearest (E - 1,), by the number of centroids:
+    reading the nearest of them. cut (E,): all rows from an edge on read their mean row; shared (E,): they and unknown
+    ids read one row. Rank edges are the profile's.
     """
 
     bits: tuple[int, ...]
-    loss: np.ndarray
+    coded: dict[Clip, np.ndarray]
     nearest: dict[int, np.ndarray]
     cut: np.ndarray
     shared: np.ndarray
+
+    @property
+    def loss(self) -> np.ndarray:
+        """Coded at each of `bits` (E - 1, B), clipped as costs less."""
+        return np.minimum.reduce(list(self.coded.values()))
+
+    def clip(self, buckets: slice, option: int) -> Clip:
+        """How rows of some buckets are clipped best at one of the bits."""
+        return min(self.coded, key=lambda clip: self.coded[clip][buckets, option].sum())
 
 
 def predict(
@@ -86,12 +96,12 @@ def predict(
     fisher: Mapping[str, np.ndarray],
     training_rows: int,
     progress: ReportProgress,
-    clip: Clip = "search",
+    clips: Sequence[Clip] = CLIPS,
 ) -> dict[str, Predicted]:
-    """Predicted losses of every table, from a sample of each bucket's rows."""
+    """Predicted losses of every table, from a sample of each bucket's rows, clipped in each of some ways."""
     found = {}
     for index, (name, profile) in enumerate(profiles.items()):
-        found[name] = predict_table(checkpoint, profile, fisher[name], training_rows, clip)
+        found[name] = predict_table(checkpoint, profile, fisher[name], training_rows, clips)
         progress("predict", index + 1, len(profiles))
     return found
 
@@ -101,7 +111,7 @@ def predict_table(
     profile: TableProfile,
     fisher_DD: np.ndarray,
     training_rows: int,
-    clip: Clip = "search",
+    clips: Sequence[Clip] = CLIPS,
 ) -> Predicted:
     """Predicted losses of one table. Values are relative to a table read exactly."""
     dim, edges = profile.info.embedding_dim, profile.edges
@@ -116,14 +126,16 @@ def predict_table(
         minded = np.bincount(bucket, counts * quadratic(error, fisher).numpy(), len(edges) - 1)
         return profile.weights * minded / np.bincount(bucket, counts, len(edges) - 1)
 
-    coded = [dequantize_rows(quantize_rows(rows, each, clip), dim, each) - rows for each in bits]
-    loss = np.stack([by_bucket(error) for error in coded], axis=1)
+    scale = 0.5 / training_rows
+    coded: dict[Clip, np.ndarray] = {}
+    for how in clips:
+        errors = [dequantize_rows(quantize_rows(rows, each, how), dim, each) - rows for each in bits]
+        coded[how] = scale * np.stack([by_bucket(error) for error in errors], axis=1)
     near = {
         count: by_bucket(torch.from_numpy(book.centroids[book.numbers[chosen]]) - rows)
         for count, book in profile.codebooks.items()
     }
     energy = by_bucket(rows)
-    scale = 0.5 / training_rows
     after = np.concatenate([np.cumsum(energy[::-1])[::-1], [0.0]])
     sums = np.concatenate([np.cumsum(profile.sums[::-1], axis=0)[::-1], np.zeros((1, dim))])
     weights = np.concatenate([np.cumsum(profile.weights[::-1])[::-1], [0.0]])
@@ -132,7 +144,7 @@ def predict_table(
     known = after + profile.unknown * float(oov @ fisher_DD @ oov)
     both = known - _explained(sums + profile.unknown * oov, weights + profile.unknown, fisher_DD)
     nearest = {count: scale * costs for count, costs in near.items()}
-    return Predicted(bits, scale * loss, nearest, scale * np.maximum(cut, 0.0), scale * np.maximum(both, 0.0))
+    return Predicted(bits, coded, nearest, scale * np.maximum(cut, 0.0), scale * np.maximum(both, 0.0))
 
 
 def sampled_rows(profile: TableProfile) -> tuple[np.ndarray, np.ndarray]:

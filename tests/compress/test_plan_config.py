@@ -49,7 +49,7 @@ def test_load_plan_reads_what_was_dumped(tmp_path: Path) -> None:
         ("default: {tiers: [{keep: 0.5}]}", "default.tiers.0.bits"),
         ("default: {tiers: [{bits: 8, keep: 0.1, rows: 5}]}", "default.tiers.0.*give one of keep"),
         ("default: {tiers: [{bits: 8, keep: 0}]}", "default.tiers.0.keep"),
-        ("default: {tiers: [{bits: 8, clip: search}]}", "default.tiers.0.clip"),
+        ("default: {tiers: [{bits: 8, clip: best}]}", "default.tiers.0.clip"),
         ("default: {tiers: [{bits: 4, keep: 0.5}, {bits: 8}]}", r"default: tiers \[4, 8\]: later ones have fewer bits"),
         ("default: {bits: 8, tiers: [{bits: 8}]}", "default: give tiers, or bits"),
         ("default: {keep: 0.5, tiers: [{bits: 8}]}", "default: give tiers, or bits"),

@@ -111,7 +111,7 @@ def naive_quadratic(errors: np.ndarray, counts: np.ndarray, fisher: np.ndarray) 
 def test_predicted_loss_of_bits_is_the_naive_sum(world: World, table: str, clip: Clip) -> None:
     """Tables of fewer rows than a bucket's sample: nothing is estimated."""
     profile, fisher, rows = world.profiles[table], fisher_of(world)[table], world.dataset.rows("train")
-    found = predict_table(world.checkpoint, profile, fisher, rows, clip)
+    found = predict_table(world.checkpoint, profile, fisher, rows, [clip])
     dim = profile.info.embedding_dim
     assert found.bits == {4: (4, 8, 16, 32), 12: (4, 8, 16, 32)}.get(dim, (2, 4, 8, 16, 32))
     assert found.loss.shape == (len(profile.edges) - 1, len(found.bits))

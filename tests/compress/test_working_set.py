@@ -36,6 +36,9 @@ PLANS: dict[str, dict[str, Any]] = {
     "tiers of all rows": {"default": {"tiers": [{"bits": 32, "rows": 2}, {"bits": 16, "rows": 9}, {"bits": 4}]}},
     "tiers by coverage": {"default": {"tiers": [{"bits": 8, "coverage": 0.5}, {"bits": 4, "coverage": 0.9}]}},
     "tiers, min-max": {"default": {"tiers": TWO, "clip": "minmax"}},
+    "tiers, each its clip": {
+        "default": {"tiers": [{"bits": 8, "keep": 0.1, "clip": "minmax"}, {"bits": 4, "keep": 0.6, "clip": "search"}]}
+    },
     "four tiers": {
         "default": {"bits": 8},
         "tables": {
