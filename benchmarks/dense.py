@@ -36,7 +36,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from compress.dense import Sides, make_runtime
-from compress.lookup import Lookup, PackedTable, table_offsets, table_view
+from compress.lookup import Lookup, StoredTable, Tier, pieces_of, tier_views
 from compress.methods.codec import quantize_rows
 from compress.methods.dense import (
     DensePlan,
@@ -194,17 +194,13 @@ def repeated(request: Request) -> tuple[Tensor, Tensor]:
 def int8_lookups(log: Log) -> tuple[Lookup, Lookup, Lookup]:
     """INT8 rows in one block, read by three lookups: all features, the request's, the items'."""
     size = log.weights_FND.shape[1]
-    tables = [PackedTable(f, size, DIM, 8, (f,)) for f in FEATURES]
-    block = torch.zeros(table_offsets(tables)[1], dtype=torch.uint8)
-    for index in range(len(tables)):
-        table_view(block, tables, index)[:] = quantize_rows(log.weights_FND[index], 8)
-    ours = [f for f in FEATURES if f not in ITEM_FEATURES]  # a TBE takes no table that nothing reads: cut the block
-    cut = table_offsets(tables)[0][len(ours)]
-    return (
-        Lookup(tables, FEATURES, set(), block),
-        Lookup(tables[: len(ours)], ours, set(), block[:cut]),
-        Lookup(tables[len(ours) :], FEATURES[len(ours) :], set(), block[cut:]),
-    )
+    tables = [StoredTable(f, DIM, DIM, (Tier(size, 8),), (f,)) for f in FEATURES]
+    block = torch.zeros(pieces_of(tables)[1], dtype=torch.uint8)
+    for index, (view,) in enumerate(tier_views(block, tables)):
+        view[:] = quantize_rows(log.weights_FND[index], 8)
+    sides = (FEATURES, [f for f in FEATURES if f not in ITEM_FEATURES], [f for f in FEATURES if f in ITEM_FEATURES])
+    whole, request, items = (Lookup(tables, names, set(), block) for names in sides)
+    return whole, request, items
 
 
 def plain(head: nn.Module, lookup: Lookup) -> Variant:
