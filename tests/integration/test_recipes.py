@@ -26,7 +26,6 @@ import pyarrow as pa  # noqa: E402
 from rich_builders import rich_log, rich_run, write_log  # noqa: E402
 
 from cluster.cli import main  # noqa: E402
-from cluster.runs import load  # noqa: E402
 from compress.artifact import load_artifact  # noqa: E402
 from trainer.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from trainer.config import Distill, RunConfig, Stage, load_run  # noqa: E402
@@ -45,7 +44,6 @@ ROWS, TRAIN_ROWS = 12_000, 9_600
 SETTINGS: dict[str, Any] = {"patience": 100, "evals_per_epoch": 1, "epochs": 1, "precision": "highest"}
 ALONE = Place(0, 1, 1, torch.device("cpu"))
 JUMP = 0.01  # of the spread of the log-odds (root mean square), when tables grow; measured: .0002
-PIPELINED = {"rtol": 1e-5, "atol": 1e-6}  # the same sums in the same order; measured: equal to the bit
 
 
 def quietly(*_: Any) -> None:
@@ -314,46 +312,6 @@ def scores_as_unknown(run: RunConfig, next_day: Path, teacher: Path, known: dict
         return float(worker.evaluate("val")["ne"])
     finally:
         dist.destroy_process_group()
-
-
-# -- plans and the pipeline ------------------------------------------------------------------------------------------
-
-
-PLAN = {
-    "default": "table_wise",
-    "tables": {
-        "C3": "row_wise",
-        "C4": "column_wise",
-        "C7": {"type": "column_wise", "min_partition": 8},
-        "C10": "data_parallel",
-        "C12": {"type": "row_wise"},
-    },
-}
-
-
-def test_pipeline_under_a_mixed_plan_is_the_plain_run(day: tuple[RunConfig, Path], tmp_path: Path) -> None:
-    run, data = day
-    content = yaml.safe_load(run.model_dump_json(exclude_none=True))
-    found = []
-    for pipeline in (False, True):
-        train_section = {"table_optimizer": "adagrad", "sharding": PLAN, "pipeline": pipeline, "batch_size": 256}
-        config = write_yaml(tmp_path / f"{pipeline}.yaml", content, train_section)
-        out = tmp_path / f"run-{pipeline}"
-        train(load(config), data, out, resume=False, show=quietly)
-        found.append(open_checkpoint(out))
-    plan = found[0].manifest["plan"]
-    kinds = {name: plan[name]["sharding_type"] for name in PLAN["tables"]}
-    assert kinds == {
-        "C3": "row_wise", "C4": "column_wise", "C7": "column_wise", "C10": "data_parallel", "C12": "row_wise",
-    }  # fmt: skip
-    assert {plan[name]["sharding_type"] for name in plan if name not in kinds} == {"table_wise"}
-    for key in found[0].keys("tables/"):
-        if key.endswith("momentum1"):
-            assert found[0].shape(key) == found[0].shape(key.replace("momentum1", "weight"))
-            assert bool(found[0].read(key).any())
-    gap = max(float((found[0].read(k) - found[1].read(k)).abs().max()) for k in found[0].keys())  # noqa: SIM118
-    print(f"pipeline: largest difference {gap:.2g}")
-    assert_same(*found, **PIPELINED)
 
 
 # -- rich features ---------------------------------------------------------------------------------------------------
