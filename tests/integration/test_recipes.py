@@ -1,4 +1,4 @@
-"""The trainer's recipes end to end: a teacher, stages, a new day, the pipeline under a mixed plan, rich features.
+"""The trainer's recipes end to end: a teacher, stages, a new day, rich features.
 
 Runs are few and full, on small synthetic logs with two workers; what is compared is their checkpoints.
 """
