@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -24,7 +25,10 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from prepare import hardware
+
+sys.path[:1] = [str(Path(__file__).resolve().parents[1])]  # this tree's packages, also where another one is installed
+
+from benchmarks.prepare import hardware
 
 DIM, BITS = 64, 8
 HASH_TABLES = 8

@@ -22,10 +22,10 @@ from torch import Tensor
 
 sys.path[:1] = [str(Path(__file__).resolve().parents[1])]  # this tree's packages, also where another one is installed
 
-from benchmarks.prepare import hardware  # noqa: E402
-from compress.methods.codec import dequantize_rows, quantize_rows  # noqa: E402
-from compress.peers import greedy_rows  # noqa: E402
-from trainer.checkpoint import open_checkpoint  # noqa: E402
+from benchmarks.prepare import hardware
+from compress.methods.codec import dequantize_rows, quantize_rows
+from compress.peers import greedy_rows
+from trainer.checkpoint import open_checkpoint
 
 RUNS = 3
 GREEDY_ROWS = 4096  # of the peer, which is some ten times slower than the search

@@ -31,26 +31,26 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path[:1] = [str(Path(__file__).resolve().parents[1])]  # this tree's packages, also where another one is installed
 
-import torch  # noqa: E402
+import torch
 
-from benchmarks.codec import drawn_rows  # noqa: E402
-from benchmarks.codec import measure as measure_codec  # noqa: E402
-from benchmarks.planted import planted_checkpoint  # noqa: E402
-from benchmarks.prepare import hardware  # noqa: E402
-from benchmarks.recipes import fit, prepared, write_log  # noqa: E402
-from cluster.session import quiet  # noqa: E402
-from compress.compressor import data_of, resolve, table_bytes  # noqa: E402
-from compress.config import CalibrationPlan  # noqa: E402
-from compress.errors import PlanError  # noqa: E402
-from compress.methods.calibrate import calibrate, with_head  # noqa: E402
-from compress.peers import PEERS, whole_id_maps_bytes  # noqa: E402
-from compress.search.methods_table import CALIBRATION_ROWS, Bench  # noqa: E402
-from compress.search.objective import compare  # noqa: E402
-from compress.search.working_set import score  # noqa: E402
-from trainer.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
-from trainer.config import parse_run  # noqa: E402
-from trainer.data.dataset import Dataset, open_dataset  # noqa: E402
-from trainer.metrics import auc, row_losses  # noqa: E402
+from benchmarks.codec import drawn_rows
+from benchmarks.codec import measure as measure_codec
+from benchmarks.planted import planted_checkpoint
+from benchmarks.prepare import hardware
+from benchmarks.recipes import fit, prepared, write_log
+from cluster.session import quiet
+from compress.compressor import data_of, resolve, table_bytes
+from compress.config import CalibrationPlan
+from compress.errors import PlanError
+from compress.methods.calibrate import calibrate, with_head
+from compress.peers import PEERS, whole_id_maps_bytes
+from compress.search.methods_table import CALIBRATION_ROWS, Bench
+from compress.search.objective import compare
+from compress.search.working_set import score
+from trainer.checkpoint import Checkpoint, open_checkpoint
+from trainer.config import parse_run
+from trainer.data.dataset import Dataset, open_dataset
+from trainer.metrics import auc, row_losses
 
 BUDGETS = ("10%", "5%", "3%", "2%", "1%", "0.5%")
 SYNTHETIC_ROWS = 4_000_000

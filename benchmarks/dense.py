@@ -16,6 +16,7 @@ import io
 import json
 import math
 import platform
+import sys
 import tempfile
 import time
 import warnings
@@ -34,6 +35,8 @@ from torchrec.models.dlrm import DLRM
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+sys.path[:1] = [str(Path(__file__).resolve().parents[1])]  # this tree's packages, also where another one is installed
 
 from compress.dense import Sides, make_runtime
 from compress.lookup import Lookup, StoredTable, Tier, pieces_of, tier_views

@@ -34,6 +34,8 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 
+sys.path[:1] = [str(Path(__file__).resolve().parents[1])]  # this tree's packages, also where another one is installed
+
 from cluster.session import quiet
 from trainer.checkpoint import Position, open_checkpoint
 from trainer.config import RunConfig, parse_run

@@ -33,10 +33,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:1] = [str(ROOT)]  # this tree's packages, also where another one is installed
 
-from benchmarks import prepare as prepare_benchmark  # noqa: E402
-from benchmarks.peers.data import make_run, write_prepared  # noqa: E402
-from benchmarks.peers.loop import Job, job_of  # noqa: E402
-from benchmarks.peers.turns import SIDES, median, take_turns  # noqa: E402
+from benchmarks import prepare as prepare_benchmark
+from benchmarks.peers.data import make_run, write_prepared
+from benchmarks.peers.loop import Job, job_of
+from benchmarks.peers.turns import SIDES, median, take_turns
 
 BATCH = 4096
 MLP = (400, 400, 400)  # FuxiCTR's usual widths
