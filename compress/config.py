@@ -102,7 +102,8 @@ class CalibrationPlan(Config):
     """A short fine-tune of the dense part on training rows that are read through the compressed tables.
 
     `target`: the labels, the fp32 model's log-odds ("teacher"), or both, of which the teacher's has weight `alpha`;
-    `temperature` softens the teacher. The step with the least loss on `held_rows` of the validation split is kept, the
+    `temperature` softens the teacher. With `rounds` the plan's cuts are made little by little, the steps divided among
+    the rounds. The step with the least loss on `held_rows` of the validation split is kept, the
     one before the first step included.
     """
 
@@ -112,6 +113,7 @@ class CalibrationPlan(Config):
     target: Literal["labels", "teacher", "both"] = "teacher"
     alpha: float = Field(default=0.5, gt=0, lt=1)
     temperature: float = Field(default=1.0, gt=0)
+    rounds: int = Field(default=1, ge=1, le=100)
     evaluations: int = Field(default=10, ge=1)
     held_rows: int = Field(default=50_000, ge=1)
     seed: int = 0

@@ -16,6 +16,7 @@ from compress.config import CompressionPlan, load_plan
 from compress.errors import PlanError
 from compress.evaluate import score_checkpoint
 from compress.methods.calibrate import Calibration, calibrate
+from compress.methods.gradual import on_the_way
 from compress.model import score_split
 from compress.search.budget import CODEBOOKS, parse_budget, plan_for_budget
 from compress.search.methods_table import methods_table
@@ -146,7 +147,9 @@ def calibrate_plan(
     train = spread_rows(dataset, "train", min(asked.steps * asked.batch_size, CALIBRATION_ROWS))
     held = spread_rows(dataset, "val", asked.held_rows)
     train_set, held_set = (extract(checkpoint, dataset.transform, planned.profiles, rows) for rows in (train, held))
-    return calibrate(train_set, held_set, resolved, asked, dataset.negative_rate, progress)
+    shares = np.arange(1, asked.rounds) / asked.rounds
+    stages = [resolve(on_the_way(planned.plan, resolved, share), planned.profiles) for share in shares]
+    return calibrate(train_set, held_set, resolved, asked, dataset.negative_rate, progress, stages)
 
 
 def measure_tables(

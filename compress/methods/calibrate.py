@@ -10,7 +10,7 @@ Legend: N rows of a sample, B of a batch, L sum of the lookups' widths, T tasks.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -79,19 +79,30 @@ def calibrate(
     plan: CalibrationPlan,
     negative_rate: float,
     progress: ReportProgress,
+    on_the_way: Sequence[Mapping[str, ResolvedTable]] = (),
 ) -> Calibration:
     """Fine-tune the head on the rows of `train`, keep its best state on those of `held`; and the same in fp32.
 
-    Deterministic by the plan's seed. Raises: PlanError when a loss is not finite.
+    `on_the_way`: tables with a part of their cuts made (compress/methods/gradual.py), which the head learns to read
+    before those of `resolved`; the steps are divided among all. Deterministic by the plan's seed.
+    Raises: PlanError when a loss is not finite.
     """
+    rounds = len(on_the_way) + 1
+    plan = plan.model_copy(update={"steps": max(plan.steps // rounds, 1)})
+
+    def tuned(stages: Sequence[Mapping[str, ResolvedTable] | None]) -> Tuned:
+        found: Tuned | None = None
+        for each in stages:
+            own = [w if found is None else with_head(w, found.dense) for w in (train, held)]
+            sides = [reading(w, each) for w in own]
+            found = tune_head(sides[0], sides[1], train.run, plan, negative_rate, teacher, progress)
+        assert found is not None
+        return found
+
     with torch.random.fork_rng(devices=[]):  # heads are built, and may drop out
         torch.manual_seed(plan.seed)
         teacher = score(train, None) if plan.target != "labels" else None
-        compressed, control = (
-            tune_head(reading(train, each), reading(held, each), train.run, plan, negative_rate, teacher, progress)
-            for each in (resolved, None)
-        )
-    return Calibration(compressed, control)
+        return Calibration(tuned([*on_the_way, resolved]), tuned([None] * rounds))
 
 
 def reading(working: WorkingSet, resolved: Mapping[str, ResolvedTable] | None) -> Reading:
