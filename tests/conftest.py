@@ -15,13 +15,15 @@ os.environ["SLIMRANK_CACHE"] = tempfile.mkdtemp(prefix="slimrank-cache-")  # rec
 
 from cluster.session import ALWAYS, QUIET, quiet
 
+LONG = ("test_recipes.py", "test_faults.py")  # minutes each: begun first, so that two processes end together
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything under tests/integration is marked so, and runs after the unit tests."""
+    """Everything under tests/integration is marked so and runs after the unit tests, the longest first."""
     for item in items:
         if "integration" in item.path.parts:
             item.add_marker(pytest.mark.integration)
-    items.sort(key=lambda item: "integration" in item.path.parts)
+    items.sort(key=lambda item: ("integration" in item.path.parts, item.path.name not in LONG))
 
 
 @pytest.fixture(scope="session")
