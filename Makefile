@@ -29,7 +29,7 @@ demo: $(STAMP)
 
 test: $(STAMP) lint types
 	@$(BIN)/python -m pytest -m "not integration" -n 2
-	@$(BIN)/python -m pytest -m integration -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -m integration -n 2 --dist loadfile --no-loadscope-reorder
 
 unit: $(STAMP)
 	@$(BIN)/python -m pytest -m "not integration" -n 2
