@@ -6,7 +6,6 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,45 +14,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import click
 
+from cluster.artifact_commands import artifact
+from cluster.options import FILE, FOLDER, Group, common
 from cluster.output import Progress, duration, emit
-from trainer.errors import SlimrankError
 from trainer.progress import size
 
 METRIC_WORDS = {"auc": "AUC", "ne": "NE", "log_loss": "log loss", "gauc": "GAUC", "f1": "F1"}
-FOLDER = click.Path(path_type=Path, file_okay=False, resolve_path=True)
-FILE = click.Path(path_type=Path, dir_okay=False, resolve_path=True)
-
-
-class Group(click.Group):
-    """A group whose commands end in one clear line when the user can mend what went wrong."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; exit 2 on a SlimrankError, 130 on Ctrl-C."""
-        try:
-            return super().invoke(ctx)
-        except SlimrankError as error:
-            if ctx.find_root().params.get("debug") or "--debug" in sys.argv:
-                raise
-            click.echo(f"error: {error}", err=True)
-            ctx.exit(2)
-        except KeyboardInterrupt:
-            click.echo("stopped; what was finished is kept: train and tune go on from it with --resume", err=True)
-            ctx.exit(130)
-
-
-def common(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that every subcommand takes."""
-    command = click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")(
-        command
-    )
-    command = click.option("--address", metavar="URL", help="Ray cluster to run on; a local one by default.")(command)
-    return click.option("--debug", is_flag=True, help="Show tracebacks and what the libraries say.")(command)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="slimrank")
 def main() -> None:
     """Train a TorchRec ranker, compress it within a quality budget, and serve it."""
+
+
+main.add_command(artifact)
 
 
 @main.group(cls=Group)
@@ -162,10 +137,7 @@ def plan(
 ) -> None:
     """Place a run's tables on a cluster that need not exist, and say what it costs."""
     from cluster.runs import load
-    from cluster.session import quiet, ray_session
-
-    if not debug:
-        quiet()
+    from cluster.session import ray_session
     from cluster.topology import Tables, dry_run, find_tables, parse_rows, parse_topology, plan_lines, with_rows
     from trainer.data.log import check_log
     from trainer.files import write_json
@@ -233,12 +205,9 @@ def checkpoint() -> None:
 @common
 def checkpoint_show(folder: Path, verify: bool, as_json: bool, address: str | None, debug: bool) -> None:  # noqa: ARG001
     """What a checkpoint (or a training run's best one) holds."""
-    from cluster.session import quiet
     from cluster.tables import checkpoint_table
     from trainer.checkpoint import open_checkpoint
 
-    if not debug:
-        quiet()
     result = open_checkpoint(folder, verify=verify).describe()
     result["verified"] = verify
     emit(result, as_json, checkpoint_table(result))
@@ -251,13 +220,10 @@ def checkpoint_show(folder: Path, verify: bool, as_json: bool, address: str | No
 @common
 def evaluate(model: Path, data_dir: Path, split: Any, as_json: bool, address: str | None, debug: bool) -> None:  # noqa: ARG001
     """Quality of a checkpoint or an artifact on a prepared split, through the real lookup."""
-    from cluster.session import quiet
     from compress.evaluate import evaluate as run_evaluation
     from compress.evaluate import open_model
     from trainer.data.dataset import open_dataset
 
-    if not debug:
-        quiet()
     dataset = open_dataset(data_dir)
     result = run_evaluation(open_model(model, dataset), dataset, split)
     emit(result, as_json, [f"{result['rows']:,} rows", *metric_lines(result, split)])
@@ -287,15 +253,12 @@ def compress(
     out: Path,
     as_json: bool,
     address: str | None,  # noqa: ARG001
-    debug: bool,
+    debug: bool,  # noqa: ARG001
 ) -> None:
     """Checkpoint + plan, or a byte budget -> artifact, compared with the checkpoint it came from."""
-    from cluster.session import quiet
     from cluster.tables import losses_table
     from compress.pipeline import compress_checkpoint
 
-    if not debug:
-        quiet()
     result = compress_checkpoint(checkpoint, data_dir, plan_file, out, split, Progress().step, budget)
     lines = [result["artifact"], *size_lines(result), f"delta AUC {result['delta_auc']:+.5f}"]
     emit(result, as_json, [*lines, *losses_table(result["by_table"])] if "by_table" in result else lines)
@@ -320,15 +283,12 @@ def methods(
     out: Path | None,
     as_json: bool,
     address: str | None,  # noqa: ARG001
-    debug: bool,
+    debug: bool,  # noqa: ARG001
 ) -> None:
     """Each way of compressing tables on its own, the best together, and other people's: size, time, quality."""
-    from cluster.session import quiet
     from cluster.tables import methods_lines, methods_markdown
     from compress.pipeline import compare_methods
 
-    if not debug:
-        quiet()
     if out is not None and not out.parent.is_dir():
         raise click.BadParameter(f"{out.parent} is no folder: make it first", param_hint="--out")
     result = compare_methods(checkpoint, data_dir, Progress().step, split, rows)
@@ -371,113 +331,6 @@ def tune(
     emit(result, as_json, front_table(result))
 
 
-@main.group(cls=Group)
-def artifact() -> None:
-    """Look into artifacts, check, compare, sign and encrypt them."""
-
-
-@artifact.command("show")
-@click.argument("folder", metavar="DIR", type=FOLDER)
-@common
-def artifact_show(folder: Path, as_json: bool, address: str | None, debug: bool) -> None:  # noqa: ARG001
-    """What an artifact holds, by its manifest."""
-    from cluster.artifacts import show_lines
-    from cluster.session import quiet
-    from compress.describe import describe_artifact
-
-    if not debug:
-        quiet()
-    result = describe_artifact(folder)
-    emit(result, as_json, show_lines(result))
-
-
-@artifact.command("verify")
-@click.argument("folder", metavar="DIR", type=FOLDER)
-@click.option(
-    "--trusted-key", multiple=True, type=FILE, help="Public key (PEM) that must have signed; SLIMRANK_TRUSTED_KEY else."
-)
-@common
-def artifact_verify(
-    folder: Path,
-    trusted_key: tuple[Path, ...],
-    as_json: bool,
-    address: str | None,  # noqa: ARG001
-    debug: bool,
-) -> None:
-    """Check every byte, the signature and the golden scores; exit 2 where something is wrong."""
-    from cluster.artifacts import verify_lines
-    from cluster.session import quiet
-    from compress.describe import verify_artifact
-
-    if not debug:
-        quiet()
-    result = verify_artifact(folder, trusted_key or None)
-    emit(result, as_json, verify_lines(result))
-
-
-@artifact.command("diff")
-@click.argument("first", metavar="A", type=FOLDER)
-@click.argument("second", metavar="B", type=FOLDER)
-@common
-def artifact_diff(first: Path, second: Path, as_json: bool, address: str | None, debug: bool) -> None:  # noqa: ARG001
-    """What changed from artifact A to B: plan, tables, sizes, metrics, lineage."""
-    from cluster.artifacts import diff_lines
-    from cluster.session import quiet
-    from compress.describe import diff_artifacts
-
-    if not debug:
-        quiet()
-    result = diff_artifacts(first, second)
-    emit(result, as_json, diff_lines(result))
-
-
-@artifact.command("sign")
-@click.argument("folder", metavar="DIR", type=FOLDER)
-@click.option("--key", type=FILE, required=True, help="Ed25519 private key (PEM), as 'artifact keygen' writes it.")
-@common
-def artifact_sign(folder: Path, key: Path, as_json: bool, address: str | None, debug: bool) -> None:  # noqa: ARG001
-    """Verify an artifact, then sign its manifest, which holds the checksum of every file."""
-    from cluster.session import quiet
-    from compress.describe import sign_artifact
-
-    if not debug:
-        quiet()
-    result = sign_artifact(folder, key)
-    emit(result, as_json, [f"{result['version']} signed with key {result['key_id']}"])
-
-
-@artifact.command("keygen")
-@click.option("--private", type=FILE, required=True, help="File to write the private key to; keep it secret.")
-@click.option("--public", type=FILE, required=True, help="File to write the public key to, for SLIMRANK_TRUSTED_KEY.")
-@common
-def artifact_keygen(private: Path, public: Path, as_json: bool, address: str | None, debug: bool) -> None:  # noqa: ARG001
-    """Make a key pair to sign artifacts with."""
-    from cluster.session import quiet
-
-    if not debug:
-        quiet()
-    from compress.signing import generate_keys
-
-    key_id = generate_keys(private, public)
-    result = {"private": str(private), "public": str(public), "key_id": key_id}
-    emit(result, as_json, [f"key {key_id}: {private} (secret), {public}"])
-
-
-@artifact.command("encrypt")
-@click.argument("folder", metavar="DIR", type=FOLDER)
-@click.option("--out", type=FOLDER, required=True, help="Folder to write the encrypted artifact to.")
-@common
-def artifact_encrypt(folder: Path, out: Path, as_json: bool, address: str | None, debug: bool) -> None:  # noqa: ARG001
-    """Write an encrypted copy; the key is SLIMRANK_ARTIFACT_KEY (32 bytes in base64)."""
-    from cluster.session import quiet
-    from compress.describe import encrypt_artifact
-
-    if not debug:
-        quiet()
-    result = encrypt_artifact(folder, out)
-    emit(result, as_json, [f"{result['artifact']}: version {result['version']}, key {result['key_id']}; sign it anew"])
-
-
 @main.command()
 @click.option("--artifact", type=FOLDER, required=True, help="What 'compress' or 'tune' wrote.")
 @click.option("--config", type=FILE, help="YAML with serving options (a run's serve section, or these alone).")
@@ -495,11 +348,9 @@ def serve(
 ) -> None:
     """Serve an artifact over HTTP with Ray Serve until Ctrl-C."""
     from cluster.runs import serve_config
-    from cluster.session import quiet, ray_session
+    from cluster.session import ray_session
     from compress.artifact import load_artifact
 
-    if not debug:
-        quiet()
     options = serve_config(artifact, config, host, port)
     version = load_artifact(artifact).version
     with ray_session(address, debug=debug):
@@ -519,12 +370,9 @@ def serve(
 @common
 def rank(artifact: Path, request_file: Path, as_json: bool, address: str | None, debug: bool) -> None:  # noqa: ARG001
     """Rank offline: the answer the server would give."""
-    from cluster.session import quiet
     from cluster.tables import ranked_table
     from serve.offline import rank_file
 
-    if not debug:
-        quiet()
     result = rank_file(artifact, request_file)
     emit(result, as_json, ranked_table(result))
 
@@ -533,14 +381,11 @@ def rank(artifact: Path, request_file: Path, as_json: bool, address: str | None,
 @click.option("--config", type=FILE, help="A run's YAML: checks its workers, optimizer, sharding and table sizes.")
 @click.option("--data", "data_dir", type=FOLDER, help="What 'data prepare' wrote: checks memory, disk and reading.")
 @common
-def doctor(config: Path | None, data_dir: Path | None, as_json: bool, address: str | None, debug: bool) -> None:
+def doctor(config: Path | None, data_dir: Path | None, as_json: bool, address: str | None, debug: bool) -> None:  # noqa: ARG001
     """Will a run work on this machine? Versions, CPU, memory, threads, ports, cluster; each finding with its fix."""
     from cluster.doctor import examine, finding_lines, summary
     from cluster.runs import load
-    from cluster.session import quiet
 
-    if not debug:
-        quiet()
     findings = examine(load(config) if config is not None else None, data_dir, address)
     emit(summary(findings), as_json, finding_lines(findings))
     if not summary(findings)["ok"]:
@@ -562,10 +407,6 @@ def demo(
 ) -> None:
     """The whole loop on a real log: fetch, prepare, train, tune, serve, ask."""
     from cluster.demo import run_demo
-    from cluster.session import quiet
-
-    if not debug:
-        quiet()
     from serve.app import check_port
 
     check_port("127.0.0.1", port or 8000)
