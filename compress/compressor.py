@@ -291,6 +291,15 @@ def data_of(checkpoint: Checkpoint, dataset: Dataset) -> Dataset:
     return dataset.sized(checkpoint.run.data, checkpoint.run.model.embedding_dim)
 
 
+def check_made_for(plan: CompressionPlan, checkpoint: Checkpoint) -> None:
+    """Raises: PlanError when a plan names another checkpoint than this one."""
+    if plan.checkpoint not in (None, checkpoint.version):
+        raise PlanError(
+            f"the plan is for checkpoint {plan.checkpoint}, {checkpoint.folder} is {checkpoint.version}: make a plan "
+            f"for it, or remove `checkpoint` from the plan"
+        )
+
+
 def compress(
     checkpoint: Checkpoint,
     dataset: Dataset,
@@ -309,11 +318,7 @@ def compress(
     """
     dataset = data_of(checkpoint, dataset)
     transform = dataset.transform
-    if plan.checkpoint not in (None, checkpoint.version):
-        raise PlanError(
-            f"the plan is for checkpoint {plan.checkpoint}, {checkpoint.folder} is {checkpoint.version}: make a plan "
-            f"for it, or remove `checkpoint` from the plan"
-        )
+    check_made_for(plan, checkpoint)
     resolved = resolve(plan, profiles)
     tables = [r.stored for r in resolved.values()]
     with new_directory(out) as staging:

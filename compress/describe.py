@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.artifact import GOLDEN_TOLERANCE, golden_distance, load_artifact, read_manifest
+from compress.artifact import golden_distance, golden_tolerance, load_artifact, read_manifest
 from compress.encryption import encrypt_file, key_from_environment, new_encryption
 from compress.errors import ArtifactError
 from compress.manifest import MANIFEST, SIGNATURE, seal, stored_tables
@@ -75,7 +75,7 @@ def verify_artifact(folder: Path, trusted_keys: Sequence[Path] | None = None) ->
         "bytes": sum(f["bytes"] for f in files.values()),
         "golden_rows": len(artifact.golden),
         "golden_distance": golden_distance(artifact),
-        "golden_tolerance": GOLDEN_TOLERANCE,
+        "golden_tolerance": golden_tolerance(artifact),
         "ignored_files": sorted(present - set(files)),
     }
 

@@ -44,11 +44,8 @@ def onednn_linear(
     )
 
 
-class Int8Linear(nn.Module):
-    """y = relu?(x W' + b) with W int8 by output and x uint8 by one calibrated scale.
-
-    `emit` holds the scale and zero point of the layer that reads this one: it then gives codes (B, O) uint8.
-    """
+class Int8Weights(nn.Module):
+    """Weights (O, I) int8 with a scale for each output, and a bias."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
@@ -56,6 +53,16 @@ class Int8Linear(nn.Module):
         self.register_buffer("codes", torch.zeros(n_out, n_in, dtype=torch.int8))
         self.register_buffer("scale", torch.ones(n_out))
         self.register_buffer("bias", torch.zeros(n_out))
+
+
+class Int8Linear(Int8Weights):
+    """y = relu?(x W' + b) with W int8 by output and x uint8 by one calibrated scale.
+
+    `emit` holds the scale and zero point of the layer that reads this one: it then gives codes (B, O) uint8.
+    """
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out)
         self.register_buffer("in_scale", torch.ones(()))
         self.register_buffer("in_zero", torch.zeros((), dtype=torch.int32))
         self.relu = False
@@ -133,15 +140,8 @@ def to_codes(x: Tensor, scale: float, zero: int) -> Tensor:
     return x.mul(1.0 / scale).round_().add_(zero).clamp_(0, INPUT_MAX).to(torch.uint8)
 
 
-class RowInt8Linear(nn.Module):
+class RowInt8Linear(Int8Weights):
     """y = x W' + b with W int8 by output, and x int8 by a scale of its own row."""
-
-    def __init__(self, n_in: int, n_out: int) -> None:
-        super().__init__()
-        self.in_features, self.out_features = n_in, n_out
-        self.register_buffer("codes", torch.zeros(n_out, n_in, dtype=torch.int8))
-        self.register_buffer("scale", torch.ones(n_out))
-        self.register_buffer("bias", torch.zeros(n_out))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O) fp32. A row's scale spans all its columns, so nothing of it is shared."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from compress.artifact import load_artifact
-from compress.compressor import ResolvedTable, data_of, resolve
+from compress.compressor import ResolvedTable, check_made_for, data_of, resolve
 from compress.compressor import compress as write_artifact
 from compress.config import CompressionPlan, load_plan
 from compress.errors import PlanError
@@ -69,6 +69,7 @@ def compress_checkpoint(
         planned = plan_budget(checkpoint, dataset, budget, progress)
     else:
         plan = asked or CompressionPlan.model_validate(checkpoint.run.compress)
+        check_made_for(plan, checkpoint)  # before the long work
         planned = Planned(plan, profiles_for(plan, checkpoint, dataset, progress))
     resolved = resolve(planned.plan, planned.profiles)
     by_table = measure_tables(checkpoint, dataset, planned, resolved, progress)

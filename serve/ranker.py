@@ -33,6 +33,7 @@ class Ranker:
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
         self.reader = FeatureReader(artifact)
+        _ = artifact.model.ranking  # made now, not while the first request waits
 
     def rank(self, request: RankRequest) -> RankResponse:
         """Answer one request. Raises: RequestError naming a field that cannot be read."""

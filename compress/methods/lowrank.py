@@ -17,13 +17,6 @@ from compress.errors import PlanError
 _FLOOR = 1e-10  # of the largest eigenvalue: directions below it are taken for that small, so that roots can be inverted
 
 
-def second_moment(rows_ND: Tensor, weight_N: Tensor | None = None) -> Tensor:
-    """The sum (D, D) float64 of n_r w_r w_r' over rows (N, D), with n_r = 1 without weights. Chunks add up."""
-    rows_ND = rows_ND.double()
-    weighted_ND = rows_ND if weight_N is None else rows_ND * weight_N.double()[:, None]
-    return weighted_ND.T @ rows_ND
-
-
 def factor(
     second_moment_DD: Tensor,
     rank: int | None = None,

@@ -83,12 +83,6 @@ def _falling(scores: np.ndarray) -> np.ndarray:
     return np.where(bits >> np.uint32(31), bits, ~(bits | np.uint32(1 << 31)))
 
 
-def frequency_order(counts_N: np.ndarray) -> np.ndarray:
-    """Training rows (N,) int64 in the order of an artifact: reserved rows first, then by falling count."""
-    by_count = np.argsort(-counts_N[RESERVED_ROWS:], kind="stable") + RESERVED_ROWS
-    return np.concatenate([np.arange(RESERVED_ROWS), by_count])
-
-
 def bucket_edges(rows: int) -> np.ndarray:
     """Ranks (E,) int64 at which a table may be cut: evenly and geometrically spaced, from the reserved rows to all."""
     even = np.linspace(RESERVED_ROWS, rows, EDGES // 2)

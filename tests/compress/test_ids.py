@@ -35,7 +35,7 @@ from compress.ids import (
     write_ids,
 )
 from compress.lookup import StoredTable
-from compress.methods.prune import frequency_order
+from compress.methods.prune import order_by_score
 from trainer.data.transform import MISSING_ROW, OOV_ROW, RESERVED_ROWS, IdMap, TableInfo, read_arrow, write_arrow
 
 
@@ -53,7 +53,8 @@ def layout_of(trained: IdMap, cuts: list[float], zone: float = 1.0, count: int =
     With `clusters` rows read centroids by chance, those whose ids are of one class the same one, as profiles have it.
     """
     rows = trained.size + RESERVED_ROWS
-    order = frequency_order(np.random.default_rng(rows).integers(0, 50, rows))
+    counts = np.random.default_rng(rows).integers(0, 50, rows)
+    order = order_by_score(counts.astype(np.float32), counts)
 
     def rank(share: float) -> int:
         return RESERVED_ROWS + round(share * (rows - RESERVED_ROWS))

@@ -133,8 +133,11 @@ def test_run_whose_workers_were_killed_equals_the_whole_run(
     assert killer.killed == points
     assert result["samples"] == EPOCHS * TRAIN_ROWS
     assert 1 <= len(result["recoveries"]) <= 2  # the second kill may hit workers that are only starting
+    checkpoints = {0, *(int(f.name.removeprefix("step-")) for f in (tmp_path / "run").glob("step-*"))}
+    between = -(-TRAIN_ROWS // SETTINGS["evals_per_epoch"]) + SETTINGS["batch_size"]
     for lost in result["recoveries"]:
-        assert lost["samples_redone"] >= 0  # a kill right after a checkpoint redoes nothing
+        assert lost["from_samples"] in checkpoints
+        assert 0 <= lost["samples_redone"] <= between  # a kill right after a checkpoint redoes nothing
         assert lost["seconds_down"] > 0
     assert_equal_runs(whole, tmp_path / "run")
 

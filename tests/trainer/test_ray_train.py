@@ -17,7 +17,16 @@ from trainer.config import RunConfig
 from trainer.data.dataset import Dataset
 from trainer.data.schema import Split
 from trainer.errors import CheckpointError, ConfigError, DataError, SlimrankError
-from trainer.ray_train import check_continues, check_fits, check_resumes, check_room, raise_user_error
+from trainer.ray_train import (
+    RayReporter,
+    check_continues,
+    check_fits,
+    check_resumes,
+    check_room,
+    raise_user_error,
+    read_recoveries,
+)
+from trainer.worker import Place
 
 
 def saved(folder: Path, run: RunConfig, dataset: Dataset, **header: Any) -> Checkpoint:
@@ -130,3 +139,46 @@ def test_continuing_needs_the_same_model_and_known_data(tmp_path):
         check_continues(make_run(), dataset, early)
     with pytest.raises(DataError, match=r"prepare the new data with --continue-from"):
         check_continues(make_run(), make_dataset(tmp_path / "other", 30), checkpoint)
+
+
+class Heard:
+    """Keeps what a run tells, in place of the board that Ray would hold."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def tell(self, latest: dict[str, Any], event: dict[str, Any] | None = None) -> None:  # noqa: ARG002
+        """Progress or a note."""
+        if event is not None:
+            self.notes.append(event["text"])
+
+
+def attempt(out: Path, samples: int) -> tuple[RayReporter, Heard]:
+    """A worker of rank 0 that begins at a position."""
+    heard, position = Heard(), Position(samples=samples)
+    reporter = RayReporter(make_run(), out, heard, Place(0, 2, 2, torch.device("cpu")), position)  # type: ignore[arg-type]
+    reporter.recovered(position, 2)
+    return reporter, heard
+
+
+def test_every_interruption_is_recorded_with_what_it_cost(tmp_path):
+    first, heard = attempt(tmp_path, 0)
+    assert heard.notes == [], "a run that only begins recovers from nothing"
+    first.heartbeat(Position(samples=1000), committed=True)
+    first.close("FAILED")
+    _, heard = attempt(tmp_path, 1000)  # killed right after a checkpoint, before the next heartbeat
+    assert len(heard.notes) == 1
+    second, _ = attempt(tmp_path, 1000)
+    second.heartbeat(Position(samples=1600))
+    attempt(tmp_path, 1000)
+    found = read_recoveries(tmp_path)
+    assert [r["samples_redone"] for r in found] == [0, 0, 600]
+    assert {r["from_samples"] for r in found} == {1000}
+
+
+def test_a_run_that_was_done_recovers_from_nothing(tmp_path):
+    first, _ = attempt(tmp_path, 0)
+    first.heartbeat(Position(samples=2000), committed=True, done=True)
+    _, heard = attempt(tmp_path, 2000)
+    assert heard.notes == []
+    assert read_recoveries(tmp_path) == []
