@@ -26,6 +26,7 @@ from compress.artifact import (
     load_artifact,
     seal,
 )
+from compress.config import CompressionPlan
 from compress.dense import TOLERANCE
 from compress.errors import ArtifactError
 from compress.manifest import version_of
