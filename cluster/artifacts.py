@@ -16,7 +16,7 @@ def show_lines(result: dict[str, Any]) -> list[str]:
             t["name"],
             "/".join(map(str, t["bits"])),
             "/".join(f"{rows:,}" for rows in t["rows"]),
-            str(t["dim"]) if t["width"] == t["dim"] else f"{t['width']} of {t['dim']}",
+            shown_dim(t),
             size(t["bytes"]),
         ]
         for t in result["tables"]
@@ -33,6 +33,13 @@ def show_lines(result: dict[str, Any]) -> list[str]:
         f"signature: {result['signature'] or 'none'}; {'encrypted' if result['encrypted'] else 'not encrypted'}",
     ]
     return lines
+
+
+def shown_dim(table: dict[str, Any]) -> str:
+    """A table's dim, the width of its rows where that is less, and whether the head takes its decoder's place."""
+    if table["folded_from"] is not None:
+        return printable(f"{table['width']} of {table['folded_from']}, folded")
+    return str(table["dim"]) if table["width"] == table["dim"] else f"{table['width']} of {table['dim']}"
 
 
 def pairs(values: dict[str, Any]) -> str:

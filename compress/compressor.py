@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +25,7 @@ from compress.ids import Layout, id_map_bytes, read_ids, target_rows, write_ids
 from compress.lookup import StoredTable, Tier, map_block, pieces_of, tier_views
 from compress.methods.codec import quantize_rows, row_bytes
 from compress.methods.dense import DensePlan, compress_head
+from compress.methods.fold import fold_decoders
 from compress.methods.lowrank import energies, factor, rank_for_energy
 from compress.methods.prune import keep_columns
 from compress.model import SCORE_ROWS, CompressedModel, build_model, translate_rows
@@ -52,7 +53,8 @@ class ResolvedTable:
     `layout` says where each training row lies; what grows with the table is empty in what trials get. `bits` of each
     segment of kept rows; `apart`: whether reserved rows and centroids are a tier of their own; `clips`: of rows of so
     many bits. `centroids` (C, D); `unknown` (D,): what the out-of-vocabulary row holds where ids that are forgotten
-    read it too. `encoder` (D, width) makes narrow rows, `decoder` (width, D) widens them.
+    read it too. `encoder` (D, width) makes narrow rows, `decoder` (width, D) widens them: after the lookup, or within
+    the head where it is `folded`, and the stored table gives `width` columns.
     """
 
     stored: StoredTable
@@ -65,6 +67,15 @@ class ResolvedTable:
     encoder: np.ndarray | None
     decoder: np.ndarray | None
     id_map_bytes: int
+
+    @property
+    def folded(self) -> bool:
+        """Whether the head holds the decoder."""
+        return self.decoder is not None and self.stored.dim == self.stored.width
+
+    def unfolded(self) -> ResolvedTable:
+        """The same table with its decoder after the lookup, for a head that reads it as it was trained to."""
+        return self if self.decoder is None else replace(self, stored=replace(self.stored, dim=len(self.decoder.T)))
 
     def code(self, rows_ND: Tensor, tier: int) -> Tensor:
         """Rows (N, D) fp32 as a tier stores them: (N, W) uint8.
@@ -101,6 +112,7 @@ def resolve_table(asked: TablePlan, profile: TableProfile) -> ResolvedTable:
     rows, dim = info.num_embeddings, info.embedding_dim
     encoder, decoder = _narrowed(asked, profile)
     width = dim if encoder is None else encoder.shape[1]
+    given = width if profile.foldable else dim
     ends, bits, zone = _tiers(asked, profile)
     for each in bits:
         row_bytes(width, each)
@@ -120,7 +132,7 @@ def resolve_table(asked: TablePlan, profile: TableProfile) -> ResolvedTable:
         read = [int(n) for n in book.sizes[first:last].sum(0)]
     apart = bits[0] < SHARED_BITS and (len(ends) > 1 or ends[-1] < rows)
     return ResolvedTable(
-        StoredTable(info.name, dim, width, physical_tiers(ends, bits, count, apart), info.features, count, len(ends)),
+        StoredTable(info.name, given, width, physical_tiers(ends, bits, count, apart), info.features, count, len(ends)),
         Layout(profile.order, ends, zone, count, numbers),
         bits,
         apart,
@@ -197,11 +209,19 @@ def _packable_width(width: int, dim: int) -> int:
 
 
 def table_bytes(resolved: Mapping[str, ResolvedTable]) -> int:
-    """Bytes of packed tables as stored (rows, scale, bias, centroids, alignment), of their decoders and id maps."""
-    decoders = sum(r.decoder.nbytes for r in resolved.values() if r.decoder is not None)
+    """Bytes of packed tables as stored (rows, scale, bias, centroids, alignment), of their decoders and id maps.
+
+    A folded decoder takes none: the head that has taken it in is smaller than it was.
+    """
+    decoders = sum(d.nbytes for d in decoders_of(resolved).values())
     return (
         pieces_of([r.stored for r in resolved.values()])[1] + decoders + sum(r.id_map_bytes for r in resolved.values())
     )
+
+
+def decoders_of(resolved: Mapping[str, ResolvedTable], folded: bool = False) -> dict[str, Tensor]:
+    """The decoders (width, D) fp32, by table, that stay after the lookup, or those that the head takes in."""
+    return {n: torch.from_numpy(r.decoder) for n, r in resolved.items() if r.decoder is not None and r.folded == folded}
 
 
 def pack_tables(
@@ -312,7 +332,7 @@ def compress(
 ) -> dict[str, Any]:
     """Write the artifact of a plan into the folder `out`, and return its manifest.
 
-    `dense` is the head to write, calibrated; the checkpoint's own by default.
+    `dense` is the head to write, calibrated and as wide as trained; the checkpoint's own by default.
     Raises: PlanError when a table cannot do what the plan asks; DataError when data and checkpoint do not belong
     together; SlimrankError when `out` holds something already.
     """
@@ -323,14 +343,15 @@ def compress(
     tables = [r.stored for r in resolved.values()]
     with new_directory(out) as staging:
         pack_tables(staging / "tables.bin", checkpoint, transform.id_maps, resolved, progress)
-        decoders = {n: torch.from_numpy(r.decoder) for n, r in resolved.items() if r.decoder is not None}
+        decoders, folded = decoders_of(resolved), decoders_of(resolved, folded=True)
         if decoders:
             save_file(decoders, staging / "decoders.safetensors")
-        write_json(staging / "transform.json", transform.describe())
-        write_ids(staging / "ids.arrow", transform.id_maps, {n: r.layout for n, r in resolved.items()})
-        own = transform.with_id_maps(read_ids(staging / "ids.arrow", transform.tables, tables))
-        block = map_block(staging / "tables.bin", pieces_of(tables)[1])
         state = checkpoint.dense_state() if dense is None else dict(dense)
+        narrow, state = fold_decoders(checkpoint.run.model, transform, state, folded)
+        write_json(staging / "transform.json", narrow.describe())
+        write_ids(staging / "ids.arrow", transform.id_maps, {n: r.layout for n, r in resolved.items()})
+        own = narrow.with_id_maps(read_ids(staging / "ids.arrow", transform.tables, tables))
+        block = map_block(staging / "tables.bin", pieces_of(tables)[1])
         model = build_model(
             checkpoint.run, own, tables, block, head_of(checkpoint.run, own, state), "unsealed", decoders
         )
@@ -356,6 +377,7 @@ def compress(
                 "checkpoint": checkpoint.version,
                 "fingerprint": checkpoint.fingerprint,
                 "samples": checkpoint.position.samples,
+                **({"folded": {name: transform.tables[name].embedding_dim for name in folded}} if folded else {}),
             },
             "metrics": dict(metrics or {}),
         }

@@ -40,7 +40,9 @@ def describe_artifact(folder: Path) -> dict[str, Any]:
 
 
 def _tables(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Each table as `show` lists it."""
+    """Each table as `show` lists it; `folded_from`: the dim it had before the head took its decoder in, else null."""
+    folded = manifest["lineage"].get("folded")
+    folded = folded if isinstance(folded, Mapping) else {}
     return [
         {
             "name": t.name,
@@ -49,6 +51,7 @@ def _tables(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
             "centroids": t.centroids,
             "dim": t.dim,
             "width": t.width,
+            "folded_from": folded.get(t.name),
             "bytes": t.bytes,
             "features": list(t.features),
         }

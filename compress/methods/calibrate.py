@@ -106,8 +106,9 @@ def calibrate(
 
 
 def reading(working: WorkingSet, resolved: Mapping[str, ResolvedTable] | None) -> Reading:
-    """A working set as the compressed model reads it, or the fp32 one."""
-    return Reading(*trial(working, resolved), working.labels)
+    """A working set as the compressed model reads it, or the fp32 one. The head stays as wide as it was trained."""
+    whole = None if resolved is None else {name: part.unfolded() for name, part in resolved.items()}
+    return Reading(*trial(working, whole), working.labels)
 
 
 def with_head(working: WorkingSet, dense: Mapping[str, Tensor]) -> WorkingSet:

@@ -27,7 +27,8 @@ def factor(
 
     second_moment_DD: the sum of n_r w w' over all rows. metric_DD: F, the identity if None. Give a rank, or the share
     of energy to keep. Stored columns are uncorrelated and come by falling energy, so a lower rank is a prefix of them;
-    with the identity the decoder's rows are orthonormal.
+    with the identity the decoder's rows are orthonormal. Else stored rows are scaled to the mean length of what they
+    stand for: a metric is often small, and so would be what fp16 scales and int8 inputs have to hold.
     Raises: PlanError for a rank outside 1 to D, an energy outside 0 to 1, or matrices that are not finite and square.
     Source: Eckart and Young in the norm of F: with S = F^(1/2), the leading eigenvectors U of S M S give S U and U'/S.
     """
@@ -36,7 +37,15 @@ def factor(
     values_D, vectors_DD = torch.linalg.eigh(root_DD @ moment_DD @ root_DD)
     rank = _rank(values_D.flip(0), rank, energy)
     leading_Dr = vectors_DD[:, -rank:].flip(1)
-    return (root_DD @ leading_Dr).float(), (leading_Dr.T @ inverse_DD).float()
+    scale = _growth(values_D[-rank:].flip(0), leading_Dr.T @ inverse_DD)
+    return (root_DD @ leading_Dr * scale).float(), (leading_Dr.T @ inverse_DD / scale).float()
+
+
+def _growth(energies_r: Tensor, decoder_rD: Tensor) -> float:
+    """By how much a decoder lengthens uncorrelated columns of such energies, in root mean square; 1 for nothing."""
+    stored = float(energies_r.clamp_min(0).sum())
+    wide = float((energies_r.clamp_min(0) * decoder_rD.square().sum(1)).sum())
+    return (wide / stored) ** 0.5 if stored > 0 and wide > 0 else 1.0
 
 
 def energies(second_moment_DD: Tensor, metric_DD: Tensor | None = None) -> Tensor:

@@ -21,6 +21,7 @@ from compress.config import Cut
 from compress.ids import key_bits, loose_bits
 from compress.methods import prune
 from compress.methods.codebook import fit_codebook, metric_root, nearest
+from compress.methods.fold import foldable_tables
 from compress.methods.prune import Score, bucket_edges, cut_for_coverage, cut_for_share, order_by_score, settle_cut
 from trainer.checkpoint import Checkpoint
 from trainer.data.dataset import Dataset
@@ -54,7 +55,8 @@ class TableProfile:
     rows of each bucket. moment (D, D) float64: sum of n w w' over rows w looked up n times. oov (D,): the
     out-of-vocabulary row; unknown: how many lookups in as many rows as the training split's would meet it, by the
     validation split. key_bits: of a stored key; None for a hash or bucket table. fisher (D, D): what the loss minds,
-    where it is known. codebooks: by their number of centroids.
+    where it is known. codebooks: by their number of centroids. foldable: only linear layers read what it gives, so
+    that a decoder may become part of them (compress/methods/fold.py).
     """
 
     info: TableInfo
@@ -70,6 +72,7 @@ class TableProfile:
     key_bits: int | None
     fisher: np.ndarray | None = None
     codebooks: dict[int, Codebook] = field(default_factory=dict)
+    foldable: bool = False
 
     def slim(self) -> TableProfile:
         """The same without what grows with the table: all that a trial needs."""
@@ -125,9 +128,10 @@ def profile_tables(
     `fisher` (D, D) by table is what order "fisher" ranks with. Raises: CheckpointError for values that are not finite.
     """
     tables = dataset.transform.tables
+    foldable = foldable_tables(checkpoint.run.model, dataset.transform, checkpoint.dense_state())
     profiles = {}
     for index, table in enumerate(tables.values()):
-        profiles[table.name] = profile_table(
+        profile = profile_table(
             checkpoint,
             table,
             dataset.counts(table.name),
@@ -137,6 +141,7 @@ def profile_tables(
             None if fisher is None else fisher[table.name],
             codebooks,
         )
+        profiles[table.name] = replace(profile, foldable=table.name in foldable)
         progress("profile", index + 1, len(tables))
     return profiles
 

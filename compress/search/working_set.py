@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from compress.compressor import ResolvedTable, physical_tiers, put_rows, put_shared
+from compress.compressor import ResolvedTable, decoders_of, physical_tiers, put_rows, put_shared
 from compress.ids import Layout, loose_bits, target_rows
 from compress.lookup import pieces_of, tier_views
 from compress.methods.codec import quantize_rows
+from compress.methods.fold import fold_decoders
 from compress.model import CompressedModel, build_model, whole_table
 from compress.onnx_head import head_of
 from compress.search.profile import TableProfile, same_class
@@ -121,9 +122,10 @@ def trial_model(
         put_rows(views, part, torch.from_numpy(rows_of[table.name][:kept]), values[:kept])
         put_shared(views, part)
     dense = {key: torch.tensor(value) for key, value in working.dense.items()}
-    decoders = {n: torch.from_numpy(p.decoder) for n, p in local.items() if p.decoder is not None}
-    head = head_of(working.run, working.transform, dense)
-    return build_model(working.run, working.transform, tables, block, head, "trial", decoders), rows_of
+    folded = decoders_of(local, folded=True)
+    transform, dense = fold_decoders(working.run.model, working.transform, dense, folded)
+    head = head_of(working.run, transform, dense)
+    return build_model(working.run, transform, tables, block, head, "trial", decoders_of(local)), rows_of
 
 
 def _mates(id_map: IdMap, ranks: np.ndarray, touched: np.ndarray) -> np.ndarray:

@@ -94,6 +94,17 @@ def test_factor_lower_ranks_are_prefixes_of_uncorrelated_columns() -> None:
     assert torch.allclose(decoder @ decoder.T, torch.eye(6), atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1e-8, 1.0, 1e6])
+def test_factor_stores_rows_as_long_as_what_they_stand_for(size: float) -> None:
+    """A metric of any size: a small one would bring rows near zero, where fp16 scales end."""
+    rows_ND, weight_N = rows_and_weights(seed=8)
+    encoder, decoder = factor(second_moment(rows_ND, weight_N), rank=4, metric_DD=size * metric())
+    narrow = rows_ND @ encoder.to(rows_ND.dtype)
+    wide = narrow @ decoder.to(rows_ND.dtype)
+    lengths = [float((weight_N[:, None] * each.square()).sum()) for each in (narrow, wide)]
+    assert lengths[0] == pytest.approx(lengths[1], rel=1e-4)
+
+
 def test_factor_at_full_rank_loses_nothing() -> None:
     rows_ND, weight_N = rows_and_weights(seed=6)
     encoder, decoder = factor(second_moment(rows_ND, weight_N), rank=12, metric_DD=metric())

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -158,6 +158,11 @@ class Transform:
         tables = {name: replace(t, embedding_dim=asked[name]) for name, t in self.tables.items()}
         schema = self.schema.model_copy(update={"features": list(features)})
         return Transform(schema, tables, self.id_maps, self.numerics, self.lineage, self.weighted)
+
+    def with_widths(self, widths: Mapping[str, int]) -> Transform:
+        """The same transform, some of its tables, by name, with fewer columns than its features ask for."""
+        tables = {name: replace(t, embedding_dim=widths.get(name, t.embedding_dim)) for name, t in self.tables.items()}
+        return Transform(self.schema, tables, self.id_maps, self.numerics, self.lineage, self.weighted)
 
     def table_of(self, feature: str) -> TableInfo:
         """The table that a sparse feature reads."""

@@ -49,6 +49,12 @@ class SequenceHead(Head):
         """The layer that gives the logits."""
         return self.inner.out
 
+    def linear_readers(self, feature: int) -> list[tuple[str, int]]:
+        """Those of the architecture; sequences and what they attend to are multiplied with each other first."""
+        if self.counts[feature] is not None or feature in self.targets:
+            return []
+        return [(f"inner.{name}", start) for name, start in self.inner.linear_readers(feature)]
+
     def logits(self, dense_BI: Tensor, looked_up_BL: Tensor) -> Tensor:
         """Logits (B, T)."""
         parts = list(looked_up_BL.split(self.widths, dim=1))

@@ -33,10 +33,17 @@ class DCNHead(Head):
     def __init__(self, config: ModelConfig, shape: HeadShape) -> None:
         super().__init__()
         width = shape.num_dense + shape.total_dim
+        self.starts = [shape.num_dense + start for start in shape.starts]
         rank = min(config.cross_rank, width)
         self.crosses = nn.ModuleList(LowRankCross(width, rank) for _ in range(config.cross_layers))
         self.deep = mlp([width, *config.top_mlp], config.dropout, config.batch_norm)
         self.out = nn.Linear(width + (config.top_mlp[-1] if config.top_mlp else width), shape.num_tasks)
+
+    def linear_readers(self, feature: int) -> list[tuple[str, int]]:
+        """The MLP and the last layer where there are no crosses, which multiply each column by others."""
+        if len(self.crosses) or not len(self.deep):
+            return []
+        return [(name, self.starts[feature]) for name in ("deep.0", "out")]
 
     def logits(self, dense_BI: Tensor, pooled_BD: Tensor) -> Tensor:
         """Logits (B, T)."""

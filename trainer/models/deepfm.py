@@ -23,6 +23,7 @@ class DeepFMHead(Head):
     def __init__(self, config: ModelConfig, shape: HeadShape) -> None:
         super().__init__()
         self.dims = list(shape.dims)
+        self.starts = [shape.num_dense + start for start in shape.starts]
         width = max(shape.dims)
         inputs = shape.num_dense + shape.total_dim
         self.project = nn.ModuleList(
@@ -33,6 +34,14 @@ class DeepFMHead(Head):
         last = config.top_mlp[-1] if config.top_mlp else inputs
         self.first_order = nn.Linear(inputs, shape.num_tasks, bias=False)
         self.out = nn.Linear(width + last, shape.num_tasks)
+
+    def linear_readers(self, feature: int) -> list[tuple[str, int]]:
+        """The projection of a feature that is not as wide as the widest, the first order, and the MLP."""
+        if isinstance(self.project[feature], nn.Identity):
+            return []
+        start = self.starts[feature]
+        deep = ("deep.0", start) if len(self.deep) else ("out", max(self.dims) + start)
+        return [(f"project.{feature}", 0), ("first_order", start), deep]
 
     def logits(self, dense_BI: Tensor, pooled_BD: Tensor) -> Tensor:
         """Logits (B, T)."""

@@ -22,6 +22,7 @@ class DLRMHead(Head):
     def __init__(self, config: ModelConfig, shape: HeadShape) -> None:
         super().__init__()
         self.dims = list(shape.dims)
+        self.starts = shape.starts
         self.width = max(shape.dims)
         self.bottom = mlp([shape.num_dense, *config.bottom_mlp, self.width]) if shape.num_dense else None
         self.project = nn.ModuleList(
@@ -33,6 +34,12 @@ class DLRMHead(Head):
         first = len(rows) + (self.width if shape.num_dense else 0) + shape.total_dim
         self.top = mlp([first, *config.top_mlp], config.dropout, config.batch_norm)
         self.out = nn.Linear(config.top_mlp[-1] if config.top_mlp else first, shape.num_tasks)
+
+    def linear_readers(self, feature: int) -> list[tuple[str, int]]:
+        """The projection of a feature that is not as wide as the widest, and the top."""
+        if isinstance(self.project[feature], nn.Identity):
+            return []
+        return [(f"project.{feature}", 0), ("top.0" if len(self.top) else "out", self.starts[feature])]
 
     def logits(self, dense_BI: Tensor, pooled_BD: Tensor) -> Tensor:
         """Logits (B, T)."""

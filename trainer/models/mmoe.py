@@ -33,6 +33,7 @@ class MMoEHead(Head):
     def __init__(self, config: ModelConfig, shape: HeadShape) -> None:
         super().__init__()
         inputs = shape.num_dense + shape.total_dim
+        self.starts = [shape.num_dense + start for start in shape.starts]
         width = config.top_mlp[-1] if config.top_mlp else inputs
         self.experts = nn.ModuleList(
             mlp([inputs, *config.top_mlp], config.dropout, config.batch_norm) for _ in range(config.experts)
@@ -42,6 +43,13 @@ class MMoEHead(Head):
             mlp([width, *config.tower_mlp], config.dropout, config.batch_norm) for _ in range(shape.num_tasks)
         )
         self.out = TowerLogits(config.tower_mlp[-1] if config.tower_mlp else width, shape.num_tasks)
+
+    def linear_readers(self, feature: int) -> list[tuple[str, int]]:
+        """Each expert's first layer and each gate; experts without layers mix the inputs themselves."""
+        if not all(len(expert) for expert in self.experts):
+            return []
+        names = [f"experts.{i}.0" for i in range(len(self.experts))] + [f"gates.{i}" for i in range(len(self.gates))]
+        return [(name, self.starts[feature]) for name in names]
 
     def logits(self, dense_BI: Tensor, pooled_BD: Tensor) -> Tensor:
         """Logits (B, T)."""

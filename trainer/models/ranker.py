@@ -5,6 +5,7 @@ Legend: B batch, I dense inputs, L sum of the lookups' widths, D sum of the feat
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,6 +41,11 @@ class HeadShape:
         return sum(self.dims)
 
     @property
+    def starts(self) -> list[int]:
+        """The first column of each feature among the concatenated pooled embeddings."""
+        return [0, *itertools.accumulate(self.dims[:-1])]
+
+    @property
     def lookups(self) -> list[tuple[str, int]]:
         """Each lookup's name and width, in order."""
         spread = zip(self.features, self.dims, self.positions, strict=True)
@@ -64,6 +70,15 @@ class Head(nn.Module, ABC):
     @abstractmethod
     def logits(self, dense_BI: Tensor, looked_up_BL: Tensor) -> Tensor:
         """What an architecture computes."""
+
+    def linear_readers(self, feature: int) -> list[tuple[str, int]]:  # noqa: ARG002
+        """All that reads what was looked up of one feature, by its place: Linear layers by name, and where it begins.
+
+        Empty where anything but a Linear reads it, or where that is not known; else each reader is a submodule's name
+        and the first of the feature's columns among its inputs. Compression then lets such a feature have fewer
+        columns: this head built for a HeadShape of smaller `dims` must be the same but for the readers' inputs.
+        """
+        return []
 
     def cast(self, x: Tensor) -> Tensor:
         """What several layers read, in the type they multiply in: cast here once, not by each of them."""
