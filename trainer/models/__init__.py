@@ -1,4 +1,7 @@
-"""Rankers, built by name from ModelConfig. A new architecture is one file with a head and one line in HEADS."""
+"""Rankers, built by name from ModelConfig. A new architecture is one file with a head and one line in HEADS.
+
+A head whose first layers are linear says so in `linear_readers`, and low-rank tables cost it nothing after the lookup.
+"""
 
 from __future__ import annotations
 
