@@ -32,8 +32,8 @@ PRICE_ROUNDS = 3
 CODEBOOKS = (4, 16, 64, 256)
 ROUNDS = 8  # of fitting the exact bytes, alignment and all, into the budget
 CLOSE = 0.002  # of the budget may be left over
-CHEAPEST, DEAREST = 1e-9, 1e5  # nats a millisecond: at the latter no table has a second tier
-MS_ROUNDS = 12  # of raising the price of a millisecond until a plan is fast enough, by ratio
+CHEAPEST, DEAR, DEAREST = 1e-6, 10.0, 1e5  # nats a millisecond: at the last no table has a second tier
+MS_ROUNDS = 7  # of raising the price of a millisecond until a plan is fast enough, by ratio
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 
@@ -115,7 +115,7 @@ def _priced(
             f"{fastest:.3g} ms, {latency.head_ms:.3g} of them in the dense part: allow that much, or make the dense "
             "part smaller"
         )
-    low, high = max(latency.nats_per_ms, CHEAPEST), DEAREST
+    low, high = max(latency.nats_per_ms, CHEAPEST), DEAR
     for _ in range(MS_ROUNDS if _ms(found[-1]) > limit else 0):
         middle = math.sqrt(low * high)
         found.append(at(middle))

@@ -13,6 +13,7 @@ Legend: K rows scored, F lookups, P pieces (tiers of lookups: the physical table
 from __future__ import annotations
 
 import itertools
+import math
 import platform
 import random
 import time
@@ -24,7 +25,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -82,6 +83,13 @@ class MachineCosts(Config):
     ns: dict[str, float]
     relative_error: float = Field(ge=0)
     lookups: int = Field(gt=0)
+
+    @field_validator("ns")
+    @classmethod
+    def _of_all_terms(cls, value: dict[str, float]) -> dict[str, float]:
+        if set(value) != set(TERMS) or not all(0 <= cost < math.inf for cost in value.values()):
+            raise ValueError(f"ns holds a cost of 0 or more for each of {', '.join(TERMS)}: calibrate again")
+        return value
 
     def ms(self, work: Mapping[str, float]) -> float:
         """Milliseconds of so much work."""
