@@ -240,6 +240,11 @@ def evaluate(model: Path, data_dir: Path, split: Any, as_json: bool, address: st
     help='In place of a plan: the bytes that the tables may take, as "2%" of fp32 or "300MB"; makes the plan.',
 )
 @click.option(
+    "--max-ms",
+    type=click.FloatRange(min=0, min_open=True),
+    help="With --budget: the most that 500 candidates may take by the cost model of this machine.",
+)
+@click.option(
     "--split", type=click.Choice(["val", "test"]), default="test", show_default=True, help="Where to compare."
 )
 @click.option("--out", type=FOLDER, required=True, help="Folder to write the artifact to.")
@@ -249,6 +254,7 @@ def compress(
     data_dir: Path,
     plan_file: Path | None,
     budget: str | None,
+    max_ms: float | None,
     split: Any,
     out: Path,
     as_json: bool,
@@ -259,7 +265,7 @@ def compress(
     from cluster.tables import losses_table
     from compress.pipeline import compress_checkpoint
 
-    result = compress_checkpoint(checkpoint, data_dir, plan_file, out, split, Progress().step, budget)
+    result = compress_checkpoint(checkpoint, data_dir, plan_file, out, split, Progress().step, budget, max_ms)
     lines = [result["artifact"], *size_lines(result), f"delta AUC {result['delta_auc']:+.5f}"]
     emit(result, as_json, [*lines, *losses_table(result["by_table"])] if "by_table" in result else lines)
 

@@ -18,7 +18,7 @@ import numpy as np
 from compress.errors import PlanError
 
 MAX_STATES = 1 << 18
-_BISECTIONS = 40  # of a range of 1e24, by ratio: to a relative 5e-11
+_SECTIONS, _ROUNDS = 9, 13  # of a range of 1e24, by ratio: to a relative 2e-11
 
 
 @dataclass(frozen=True)
@@ -28,25 +28,37 @@ class Options:
     bytes_EB, loss_EB (E, B): of each bucket under each option; an infinite loss marks an option that a table cannot
     have (a dim that does not pack). Buckets come in order of rank, options in order of rising bits; option 0 may read
     the centroid. fixed_B (B,): bytes that an option costs once where any bucket takes it (a tier, the id map).
+
+    price_B (B,): predicted loss that a plan must gain for an option to be worth taking at all (the time of a tier);
+    opening_B (B,): more of it where the option is the first bucket's.
     """
 
     name: str
     bytes_EB: np.ndarray
     loss_EB: np.ndarray
     fixed_B: np.ndarray | None = None
+    price_B: np.ndarray | None = None
+    opening_B: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Allocation:
     """choices: of each table the option (E,) int64 of each bucket, non-increasing. bytes and loss (T,): of each table.
 
+    price (T,): what the options taken were to gain, in predicted loss; not part of `loss`.
     multiplier: predicted loss that one more byte would save, 0 where the budget does not bind.
     """
 
     choices: list[np.ndarray]
     bytes: np.ndarray
     loss: np.ndarray
+    price: np.ndarray
     multiplier: float
+
+    @property
+    def cost(self) -> float:
+        """What was made least: predicted loss and prices of all tables."""
+        return float((self.loss + self.price).sum())
 
 
 @dataclass(frozen=True)
@@ -60,9 +72,9 @@ class Choice:
 
 
 def allocate(tables: Sequence[Options], budget_bytes: int) -> Allocation:
-    """The options of least predicted loss within a budget; see the top of this file.
+    """The options of least predicted loss, prices included, within a budget; see the top of this file.
 
-    The loss is within the last move of the optimum: no byte count on the lower convex hull is missed.
+    That sum is within the last move of the optimum: no byte count on the lower convex hull is missed.
     Raises: PlanError for arrays that do not fit together, and for a budget below the floor, with what holds that up.
     """
     grid = _Grid(tables)
@@ -72,25 +84,25 @@ def allocate(tables: Sequence[Options], budget_bytes: int) -> Allocation:
     if int(grid.table_bytes(best_TE).sum()) > budget_bytes:
         best_TE, multiplier = _bisect(grid, floor_TE, budget_bytes)
         grid.fill(best_TE, budget_bytes)
-    choices = [best_TE[index, : len(table.bytes_EB)] for index, table in enumerate(tables)]
-    return Allocation(choices, grid.table_bytes(best_TE), grid.table_loss(best_TE), multiplier)
+    return grid.allocation(best_TE, multiplier)
 
 
 def _bisect(grid: _Grid, floor_TE: np.ndarray, budget_bytes: int) -> tuple[np.ndarray, float]:
     """The plan of the smallest multiplier that meets the budget, and that multiplier."""
     finite = np.where(np.isfinite(grid.loss_TEB), grid.loss_TEB, np.nan)
-    high = float((np.nanmax(finite, axis=2) - np.nanmin(finite, axis=2)).sum())  # a byte outweighs all losses
+    # a byte outweighs all losses and prices
+    high = float((np.nanmax(finite, axis=2) - np.nanmin(finite, axis=2)).sum() + grid.price_TB.sum())
+    high += float(grid.opening_TB.sum())
     low = high * 1e-24
     best_TE, multiplier = floor_TE, high
-    for _ in range(_BISECTIONS):
-        middle = float(np.sqrt(low) * np.sqrt(high))
-        choice_TE = grid.lagrange(middle)
-        if int(grid.table_bytes(choice_TE).sum()) > budget_bytes:
-            low = middle
-            continue
-        high = middle
-        if grid.table_loss(choice_TE).sum() <= grid.table_loss(best_TE).sum():
-            best_TE, multiplier = choice_TE, middle
+    for _ in range(_ROUNDS):
+        steps_M = np.geomspace(low, high, _SECTIONS + 1)
+        plans = grid.lagrange_each(steps_M[1:-1])
+        fit = [int(grid.table_bytes(choice_TE).sum()) <= budget_bytes for choice_TE in plans]
+        first = fit.index(True) if any(fit) else len(plans)
+        low, high = float(steps_M[first]), float(steps_M[first + 1])
+        if first < len(plans) and grid.table_cost(plans[first]).sum() <= grid.table_cost(best_TE).sum():
+            best_TE, multiplier = plans[first], high
     return best_TE, multiplier
 
 
@@ -101,7 +113,7 @@ def floor_bytes(tables: Sequence[Options]) -> np.ndarray:
 
 
 def knapsack(tables: Sequence[Options], budget_bytes: int) -> Choice:
-    """One option a table (each with a single bucket, E = 1), of least loss within a budget.
+    """One option a table (each with a single bucket, E = 1, and no prices), of least loss within a budget.
 
     Tables are merged one by one into the set of (bytes, loss) that no other beats in both; states that the Lagrange
     bound rules out are dropped, which keeps the result exact. Should more than MAX_STATES remain, they are thinned out
@@ -179,15 +191,22 @@ class _Grid:
         self.bytes_TEB = np.zeros((len(tables), buckets, options), dtype=np.int64)
         self.loss_TEB = np.zeros((len(tables), buckets, options))
         self.fixed_TB = np.zeros((len(tables), options), dtype=np.int64)
-        lengths_T = np.array([len(t.bytes_EB) for t in tables], dtype=np.int64)
-        self.real_TE = np.arange(buckets) < lengths_T[:, None]
+        self.price_TB = np.zeros((len(tables), options))
+        self.opening_TB = np.zeros((len(tables), options))
+        self.lengths_T = np.array([len(t.bytes_EB) for t in tables], dtype=np.int64)
+        self.real_TE = np.arange(buckets) < self.lengths_T[:, None]
         for index, table in enumerate(tables):
             own_buckets, own_options = table.bytes_EB.shape
             self.bytes_TEB[index, :own_buckets, :own_options] = table.bytes_EB
             self.loss_TEB[index, :own_buckets, :own_options] = table.loss_EB
             self.loss_TEB[index, :, own_options:] = np.inf
-            if table.fixed_B is not None:
-                self.fixed_TB[index, :own_options] = table.fixed_B
+            for padded, own in (
+                (self.fixed_TB, table.fixed_B),
+                (self.price_TB, table.price_B),
+                (self.opening_TB, table.opening_B),
+            ):
+                if own is not None:
+                    padded[index, :own_options] = own
 
         unplanned = ~np.isfinite(self.table_loss(self.floor()))
         if unplanned.any():
@@ -196,14 +215,28 @@ class _Grid:
 
     def floor(self) -> np.ndarray:
         """The options (T, E) of fewest bytes."""
-        return self.plan(np.where(np.isfinite(self.loss_TEB), self.bytes_TEB, np.inf), self.fixed_TB)
+        free_TB = np.zeros_like(self.opening_TB)
+        return self.plan(np.where(np.isfinite(self.loss_TEB), self.bytes_TEB, np.inf), self.fixed_TB, free_TB)
 
     def lagrange(self, multiplier: float) -> np.ndarray:
-        """The options (T, E) of least loss + multiplier * bytes."""
-        return self.plan(self.loss_TEB + multiplier * self.bytes_TEB, multiplier * self.fixed_TB)
+        """The options (T, E) of least loss, prices included, + multiplier * bytes."""
+        return self.lagrange_each(np.array([multiplier]))[0]
 
-    def plan(self, costs_TEB: np.ndarray, entry_TB: np.ndarray) -> np.ndarray:
-        """The options (T, E), non-increasing along E, of least cost, where the first bucket of an option pays entry."""
+    def lagrange_each(self, multipliers_M: np.ndarray) -> np.ndarray:
+        """The same (M, T, E) for several multipliers at once, which takes little longer than for one."""
+        weight = multipliers_M[:, None, None, None]
+        costs = self.loss_TEB + weight * self.bytes_TEB
+        entry = weight[:, 0] * self.fixed_TB + self.price_TB
+        tables, buckets, options = self.loss_TEB.shape
+        opening = np.tile(self.opening_TB, (len(multipliers_M), 1))
+        chosen = self.plan(costs.reshape(-1, buckets, options), entry.reshape(-1, options), opening)
+        return chosen.reshape(len(multipliers_M), tables, buckets)
+
+    def plan(self, costs_TEB: np.ndarray, entry_TB: np.ndarray, opening_TB: np.ndarray) -> np.ndarray:
+        """The options (T, E), non-increasing along E, of least cost.
+
+        The first bucket of an option pays entry, that of a table opening as well.
+        """
         tables, buckets, options = costs_TEB.shape
         following = np.zeros((tables, buckets, options), dtype=np.int64)
         value_TB = costs_TEB[:, -1]
@@ -219,7 +252,7 @@ class _Grid:
             following[:, bucket] = np.where(stays, own, where_lower)
             value_TB = costs_TEB[:, bucket] + np.minimum(value_TB, lower)
         chosen = np.empty((tables, buckets), dtype=np.int64)
-        chosen[:, 0] = (value_TB + entry_TB).argmin(1)
+        chosen[:, 0] = (value_TB + entry_TB + opening_TB).argmin(1)
         for bucket in range(1, buckets):
             chosen[:, bucket] = following[np.arange(tables), bucket - 1, chosen[:, bucket - 1]]
         return chosen
@@ -234,6 +267,21 @@ class _Grid:
         """Loss (T,) of a plan."""
         return np.take_along_axis(self.loss_TEB, choice_TE[:, :, None], axis=2).sum((1, 2))
 
+    def table_price(self, choice_TE: np.ndarray) -> np.ndarray:
+        """Prices (T,) of the options that a plan takes."""
+        opened = np.take_along_axis(self.opening_TB, choice_TE[:, :1], axis=1)[:, 0]
+        return (self.price_TB * (self._taken(choice_TE) > 0)).sum(1) + opened
+
+    def table_cost(self, choice_TE: np.ndarray) -> np.ndarray:
+        """Loss and prices (T,) of a plan."""
+        return self.table_loss(choice_TE) + self.table_price(choice_TE)
+
+    def allocation(self, choice_TE: np.ndarray, multiplier: float) -> Allocation:
+        """A plan with what it takes and costs."""
+        choices = [row[:length] for row, length in zip(choice_TE, self.lengths_T, strict=True)]
+        sums = self.table_bytes(choice_TE), self.table_loss(choice_TE), self.table_price(choice_TE)
+        return Allocation(choices, *sums, multiplier)
+
     def fill(self, choice_TE: np.ndarray, budget_bytes: int) -> None:
         """Spend what is left of the budget, in place: the bucket that gains most a byte takes more bits, repeatedly."""
         left = budget_bytes - int(self.table_bytes(choice_TE).sum())
@@ -242,10 +290,11 @@ class _Grid:
             now = choice_TE[:, :, None]
             ceiling = np.concatenate([np.full((len(choice_TE), 1), options[-1]), choice_TE[:, :-1]], axis=1)
             taken = self._taken(choice_TE)
-            vacated = (np.take_along_axis(taken, choice_TE, 1) == 1) * np.take_along_axis(self.fixed_TB, choice_TE, 1)
-            more = self.bytes_TEB - np.take_along_axis(self.bytes_TEB, now, axis=2) - vacated[:, :, None]
-            more = more + ((taken == 0) * self.fixed_TB)[:, None, :]
+            more = self.bytes_TEB - np.take_along_axis(self.bytes_TEB, now, axis=2)
+            more = more + _once_more(self.fixed_TB, choice_TE, taken)
             gain = np.take_along_axis(self.loss_TEB, now, axis=2) - self.loss_TEB
+            gain = gain - _once_more(self.price_TB, choice_TE, taken)
+            gain[:, 0] -= self.opening_TB - np.take_along_axis(self.opening_TB, choice_TE[:, :1], axis=1)
             able = (options > now) & (options <= ceiling[:, :, None]) & (more <= left) & (gain > 0)
             if not able.any():
                 return
@@ -259,21 +308,28 @@ class _Grid:
         return ((choice_TE[:, :, None] == np.arange(self.bytes_TEB.shape[2])) & self.real_TE[:, :, None]).sum(1)
 
 
+def _once_more(own_TB: np.ndarray, choice_TE: np.ndarray, taken_TB: np.ndarray) -> np.ndarray:
+    """What (T, E, B) is paid once an option, more than now, if one bucket took another option."""
+    vacated_TE = (np.take_along_axis(taken_TB, choice_TE, 1) == 1) * np.take_along_axis(own_TB, choice_TE, 1)
+    return ((taken_TB == 0) * own_TB)[:, None, :] - vacated_TE[:, :, None]
+
+
 def _check(table: Options) -> None:
     shape = table.bytes_EB.shape
     if len(shape) != 2 or 0 in shape or table.loss_EB.shape != shape:
         raise PlanError(
             f"table {table.name}: bytes of shape {shape}, losses of {table.loss_EB.shape}: both are (buckets, options)"
         )
-    if table.fixed_B is not None and table.fixed_B.shape != shape[1:]:
-        raise PlanError(f"table {table.name}: fixed bytes of shape {table.fixed_B.shape}, options are {shape[1]}")
+    for what, own in (("fixed bytes", table.fixed_B), ("prices", table.price_B), ("opening prices", table.opening_B)):
+        if own is not None and own.shape != shape[1:]:
+            raise PlanError(f"table {table.name}: {what} of shape {own.shape}, options are {shape[1]}")
+        if own is not None and not (own >= 0).all():
+            raise PlanError(f"table {table.name}: {what} are {own.tolist()}, none may be negative or NaN")
     if np.isnan(table.loss_EB).any() or (table.loss_EB == -np.inf).any() or (table.bytes_EB < 0).any():
         raise PlanError(f"table {table.name}: a loss is NaN, or bytes are negative: profile the table again")
 
 
 def relaxed(tables: Sequence[Options], multiplier: float) -> Allocation:
-    """The options of least predicted loss plus `multiplier` times the bytes, whatever these sum to."""
+    """The options of least predicted loss and prices, plus `multiplier` times the bytes, whatever these sum to."""
     grid = _Grid(tables)
-    choice_TE = grid.lagrange(multiplier)
-    choices = [choice_TE[index, : len(table.bytes_EB)] for index, table in enumerate(tables)]
-    return Allocation(choices, grid.table_bytes(choice_TE), grid.table_loss(choice_TE), multiplier)
+    return grid.allocation(grid.lagrange(multiplier), multiplier)

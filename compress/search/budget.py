@@ -1,15 +1,17 @@
 """A byte budget becomes a plan in closed form: tiers by rank, cuts, and who forgets the ids it cuts.
 
 In: profiles ranked by what the loss would lose, and predicted losses (compress/search/sensitivity.py). Out: a plan of
-least predicted loss whose tables, everything counted, take no more bytes than the budget; nothing is tried out.
+least predicted loss whose tables, everything counted, take no more bytes than the budget; nothing is tried out. Where
+latency counts (compress/search/latency.py), each tier must gain what its time is worth.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -21,6 +23,7 @@ from compress.ids import id_map_bytes, loose_bits, packed_bytes
 from compress.lookup import TABLE_ALIGNMENT
 from compress.methods.codec import row_bytes
 from compress.search.allocate import Options, allocate, floor_bytes, knapsack, relaxed
+from compress.search.latency import Latency
 from compress.search.profile import TableProfile
 from compress.search.sensitivity import Predicted
 from trainer.data.transform import RESERVED_ROWS
@@ -29,16 +32,22 @@ PRICE_ROUNDS = 3
 CODEBOOKS = (4, 16, 64, 256)
 ROUNDS = 8  # of fitting the exact bytes, alignment and all, into the budget
 CLOSE = 0.002  # of the budget may be left over
+CHEAPEST, DEAR, DEAREST = 1e-6, 10.0, 1e5  # nats a millisecond: at the last no table has a second tier
+MS_ROUNDS = 7  # of raising the price of a millisecond until a plan is fast enough, by ratio
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 
 @dataclass(frozen=True)
 class Budgeted:
-    """A plan for a budget. predicted: nats of mean log loss that each table is expected to cost."""
+    """A plan for a budget. predicted: nats of mean log loss that each table is expected to cost.
+
+    ms: predicted time of a request and its candidates, where latency counts.
+    """
 
     plan: CompressionPlan
     bytes: int
     predicted: dict[str, float]
+    ms: float | None = None
 
     @property
     def loss(self) -> float:
@@ -65,17 +74,77 @@ def plan_for_budget(
     *,
     per_table: bool = False,
     checkpoint: str | None = None,
+    latency: Latency | None = None,
 ) -> Budgeted:
     """The plan of least predicted loss within `budget` bytes.
 
-    `per_table` gives every table one number of bits and no cut (an exact knapsack) in place of tiers.
-    Raises: PlanError when the budget is below the floor, with the floor and what holds it up.
+    `per_table` gives every table one number of bits and no cut (an exact knapsack) in place of tiers. With `latency`
+    the time of a request counts at its price, and stays within its limit where it has one; without, bytes alone count.
+    Raises: PlanError when the budget is below the floor, with the floor and what holds it up; when no plan is fast
+    enough, with the ms of the fastest.
     """
+
+    def within(tier_nats: Mapping[str, float]) -> Budgeted:
+        return _within(profiles, predicted, budget, tier_nats, per_table, checkpoint)
+
+    if latency is None:
+        return within(dict.fromkeys(profiles, 0.0))
+    return _priced(within, profiles, latency)
+
+
+def _priced(
+    within: Callable[[Mapping[str, float]], Budgeted], profiles: Mapping[str, TableProfile], latency: Latency
+) -> Budgeted:
+    """The best of the plans at the price of a millisecond, with one tier a table, and at prices that keep the limit.
+
+    The first tier that any table has costs more than the next ones, which no price of a table's own can say: so the
+    plan without any is always compared.
+    """
+    tier_ms = latency.tier_ms([p.info for p in profiles.values()])
+    limit = latency.max_ms or math.inf
+
+    def at(nats_per_ms: float) -> Budgeted:
+        plan = within({name: nats_per_ms * ms for name, ms in tier_ms.items()})
+        return replace(plan, ms=latency.ms([part.stored for part in resolve(plan.plan, profiles).values()]))
+
+    found = [at(DEAREST), at(latency.nats_per_ms)]
+    fastest = min(_ms(plan) for plan in found)
+    if fastest > limit:
+        raise PlanError(
+            f"max-ms {limit:g}: with one tier a table {latency.request.candidates} candidates are predicted to take "
+            f"{fastest:.3g} ms, {latency.head_ms:.3g} of them in the dense part: allow that much, or make the dense "
+            "part smaller"
+        )
+    low, high = max(latency.nats_per_ms, CHEAPEST), DEAR
+    for _ in range(MS_ROUNDS if _ms(found[-1]) > limit else 0):
+        middle = math.sqrt(low * high)
+        found.append(at(middle))
+        low, high = (middle, high) if _ms(found[-1]) > limit else (low, middle)
+    fast = [plan for plan in found if _ms(plan) <= limit]
+    return min(fast, key=lambda plan: plan.loss + latency.nats_per_ms * _ms(plan))
+
+
+def _ms(plan: Budgeted) -> float:
+    assert plan.ms is not None, "latency counts here"
+    return plan.ms
+
+
+def _within(
+    profiles: Mapping[str, TableProfile],
+    predicted: Mapping[str, Predicted],
+    budget: int,
+    tier_nats: Mapping[str, float],
+    per_table: bool,
+    checkpoint: str | None,
+) -> Budgeted:
+    """The plan of least predicted loss and prices: `tier_nats` is what one more tier of each table must gain."""
     spare, least = budget, 0
-    best: Budgeted | None = None
+    best: tuple[float, Budgeted] | None = None
     for _ in range(ROUNDS):
         try:
-            chosen = _uniform(profiles, predicted, spare) if per_table else _tiered(profiles, predicted, spare)
+            chosen, cost = (
+                _uniform(profiles, predicted, spare) if per_table else _tiered(profiles, predicted, spare, tier_nats)
+            )
         except PlanError:
             if best is None:
                 raise
@@ -84,43 +153,49 @@ def plan_for_budget(
         plan = CompressionPlan(order="fisher", tables=tables, checkpoint=checkpoint)
         taken = table_bytes(resolve(plan, profiles))
         found = Budgeted(plan, taken, {name: loss for name, (_, loss) in chosen.items()})
-        if taken <= budget and (best is None or found.loss < best.loss):
-            best = found
+        if taken <= budget and (best is None or cost < best[0]):
+            best = cost, found
         least = min(least or taken, taken)
         if 0 <= budget - taken <= CLOSE * budget or (per_table and taken <= budget):
             break
         spare += budget - taken  # bytes are estimated before tiers are known: what was left over is given out
     if best is None:
         raise PlanError(f"budget {budget:,} bytes: too tight for the tables' alignment: give {least:,} bytes")
-    return best
+    return best[1]
 
 
 def _tiered(
-    profiles: Mapping[str, TableProfile], predicted: Mapping[str, Predicted], budget: int
-) -> dict[str, tuple[TablePlan, float]]:
-    """Tiers by rank. Each table has the ways of cutting that cost least at the price that the budget sets."""
+    profiles: Mapping[str, TableProfile],
+    predicted: Mapping[str, Predicted],
+    budget: int,
+    tier_nats: Mapping[str, float],
+) -> tuple[dict[str, tuple[TablePlan, float]], float]:
+    """Tiers by rank, and what they cost with their prices.
+
+    Each table has the ways of cutting that cost least at the price that the budget sets.
+    """
     base = sum(_base_bytes(p) for p in profiles.values())
     ways = {name: ways_of(profile) for name, profile in profiles.items()}
-    options = {n: [bucket_options(profiles[n], predicted[n], way) for way in ways[n]] for n in profiles}
+    options = {n: [bucket_options(profiles[n], predicted[n], w, tier_nats[n]) for w in ways[n]] for n in profiles}
     chosen = dict.fromkeys(profiles, 0)  # forgetting what is cut: the smallest there is
     found = allocate(_picked(options, chosen), _above_floor(_picked(options, chosen), budget - base, base))
     for _ in range(PRICE_ROUNDS):
         again = {}
         for name, several in options.items():
             costs = relaxed(several, found.multiplier)
-            again[name] = int(np.argmin(costs.loss + found.multiplier * costs.bytes))
+            again[name] = int(np.argmin(costs.loss + costs.price + found.multiplier * costs.bytes))
         try:
             better = allocate(_picked(options, again), budget - base)
         except PlanError:  # what these ways need at the least does not fit
             break
-        if better.loss.sum() >= found.loss.sum():
+        if better.cost >= found.cost:
             break
         chosen, found = again, better
     plans = {}
     for index, (name, profile) in enumerate(profiles.items()):
         way = ways[name][chosen[name]]
         plans[name] = tiers_of(profile, predicted[name], found.choices[index], way), float(found.loss[index])
-    return plans
+    return plans, found.cost
 
 
 def _picked(options: Mapping[str, list[Options]], chosen: Mapping[str, int]) -> list[Options]:
@@ -153,8 +228,12 @@ def _above_floor(options: list[Options], budget: int, base: int) -> int:
     return budget
 
 
-def bucket_options(profile: TableProfile, predicted: Predicted, way: Way) -> Options:
-    """What each bucket of a table may become: cut (option 0), reading a centroid (1), coded at the predicted bits."""
+def bucket_options(profile: TableProfile, predicted: Predicted, way: Way, tier_nats: float = 0.0) -> Options:
+    """What each bucket of a table may become: cut (option 0), reading a centroid (1), coded at the predicted bits.
+
+    `tier_nats`: predicted loss that one more physical tier must gain. A table has one for each number of bits it uses,
+    and one of reserved rows where its first rows have fewer bits than those (compressor.physical_tiers).
+    """
     edges, dim = profile.edges, profile.info.embedding_dim
     sizes = np.diff(edges).astype(np.float64)
     bits = predicted.bits
@@ -179,7 +258,10 @@ def bucket_options(profile: TableProfile, predicted: Predicted, way: Way) -> Opt
         bytes_EB[:, 0] += 0 if way.forget else loose
         bytes_EB[:, 1] += loose
         bytes_EB[:, 2:] += own[:, None]
-    return Options(profile.info.name, np.ceil(bytes_EB).astype(np.int64), loss_EB, np.ceil(fixed).astype(np.int64))
+    price = tier_nats * np.array([0.0, 0.0, *[1.0] * len(bits)])
+    apart = tier_nats * np.array([1.0, 1.0, *[float(b < SHARED_BITS) for b in bits]])
+    sizes_EB, once_B = (np.ceil(size).astype(np.int64) for size in (bytes_EB, fixed))
+    return Options(profile.info.name, sizes_EB, loss_EB, once_B, price, apart)
 
 
 def _id_bytes(profile: TableProfile, kept: int, forget: bool) -> int:
@@ -223,8 +305,8 @@ def bits_of(predicted: Predicted, option: int) -> Bits:
 
 def _uniform(
     profiles: Mapping[str, TableProfile], predicted: Mapping[str, Predicted], budget: int
-) -> dict[str, tuple[TablePlan, float]]:
-    """One number of bits a table, all rows kept."""
+) -> tuple[dict[str, tuple[TablePlan, float]], float]:
+    """One number of bits a table, all rows kept, and the loss."""
     options = []
     for name, profile in profiles.items():
         rows, dim = profile.info.num_embeddings, profile.info.embedding_dim
@@ -238,4 +320,4 @@ def _uniform(
             TablePlan(bits=bits_of(p, option), clip=p.clip(slice(None), option)),
             float(p.loss[:, option].sum()),
         )
-    return plans
+    return plans, found.loss
