@@ -188,7 +188,7 @@ def _narrowed(asked: TablePlan, profile: TableProfile) -> tuple[np.ndarray | Non
     """Encoder (D, width) and decoder (width, D) of a table whose rows are stored narrower, else neither."""
     dim = profile.info.embedding_dim
     if asked.columns is not None:
-        if asked.columns >= dim:
+        if _packable_width(asked.columns, dim) >= dim:
             return None, None
         kept, rebuild = keep_columns(torch.from_numpy(profile.moment), _packable_width(asked.columns, dim))
         return np.ascontiguousarray(np.eye(dim, dtype=np.float32)[:, kept.numpy()]), rebuild.contiguous().numpy()

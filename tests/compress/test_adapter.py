@@ -188,6 +188,12 @@ def test_model_of_others_is_compressed_and_scores_the_same(model: TheirModel, tm
     compress(checkpoint, dataset, pruned, tmp_path / "pruned", profiles, quiet)
     _, found = score_split(load_artifact(tmp_path / "pruned").model, dataset, "val")
     assert 0.01 < np.abs(found - theirs).max() < 3.0
+    low = CompressionPlan(default=TablePlan(bits=32, rank=8))  # what reads a table in their head is not known
+    compress(checkpoint, dataset, low, tmp_path / "low", profiles, quiet)
+    whole = load_artifact(tmp_path / "low").model
+    assert set(whole.lookup.decoders) == {"user"}
+    _, found = score_split(whole, dataset, "val")
+    assert 1e-4 < np.abs(found - theirs).max() < 3.0
 
 
 def test_unknown_ids_read_the_mean_row_and_empty_bags_zero(model: TheirModel, tmp_path: Path) -> None:

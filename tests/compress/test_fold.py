@@ -108,7 +108,7 @@ def test_readers_are_all_that_reads_a_feature(arch: str, sequence: bool) -> None
 
 
 def folded_pair(config: ModelConfig) -> tuple[Head, Head, Callable[[int], tuple[Tensor, Tensor, Tensor]], int]:
-    """A head, the same with all decoders folded that may be, draws of (dense, looked up, widened), and how many were."""
+    """A head, the same with what may be folded in it, draws of (dense, looked up, widened), and how many are folded."""
     shape = make_head(config.arch)[1]
     head = random_like(HEADS[config.arch](config, shape))
     folded = [i for i in range(6) if head.linear_readers(i)]
@@ -240,6 +240,15 @@ def test_folded_decoders_go_with_every_dense_plan(mmoe: World, dense: dict[str, 
     )
     same = model.score_encoded(model.transform.encode(same_request(raw, model.transform)))
     assert np.abs(ranked - same).max() < 0.02
+
+
+@pytest.mark.parametrize("way", ["rank", "columns"])
+def test_a_table_that_cannot_be_packed_narrower_has_no_decoder(mmoe: World, way: str) -> None:
+    """Four of eight columns are packed as eight: nothing is gained, and nothing is to be widened or folded."""
+    plan = {"default": {"bits": 8, way: 4}}
+    part = resolve(CompressionPlan.model_validate(plan), mmoe.profiles)["item_id"]
+    assert (part.stored.dim, part.stored.width, part.decoder, part.folded) == (8, 8, None, False)
+    assert set(write(mmoe, plan, fold=False).model.lookup.decoders) == {"user_id", "city"}
 
 
 def test_show_tells_what_was_folded(mmoe: World) -> None:

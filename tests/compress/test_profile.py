@@ -143,7 +143,7 @@ def test_slim_profile_cuts_and_centres_alike_without_its_order(world: World) -> 
     assert slim.cut(plan) == whole.cut(plan) < 182
     assert np.array_equal(slim.centroid(slim.cut(plan)), whole.centroid(whole.cut(plan)))
     grown = {f.name for f in dataclasses.fields(TableProfile)} - {
-        *("info", "order", "counts", "unknown", "fisher", "key_bits", "codebooks")
+        *("info", "order", "counts", "unknown", "fisher", "key_bits", "codebooks", "foldable")
     }
     assert all(getattr(slim, name).shape[0] <= 98 for name in grown)
     assert len(slim.counts) == 0
