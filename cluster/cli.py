@@ -331,7 +331,7 @@ def tune(
 
     search = search_config(checkpoint, max_delta_ne, trials)
     with ray_session(address, debug=debug):
-        from compress.search.ray_tune import tune as run_search
+        from compress.search.tune import tune as run_search
 
         result = run_search(checkpoint, data_dir, out, search, resume=resume, progress=Progress().step)
     emit(result, as_json, front_table(result))

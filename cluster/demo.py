@@ -65,7 +65,7 @@ def run_demo(
         from compress.compressor import compress, data_of
         from compress.config import CompressionPlan, SearchConfig, TablePlan
         from compress.search.profile import profile_tables
-        from compress.search.ray_tune import tune
+        from compress.search.tune import tune
         from serve.app import start, stop
         from trainer.checkpoint import open_checkpoint
         from trainer.data.dataset import open_dataset

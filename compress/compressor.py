@@ -275,17 +275,27 @@ def shrink_head(model: CompressedModel, dataset: Dataset, plan: DensePlan) -> De
         raise PlanError("dense: a head that came as ONNX is run as it is: leave `dense` out of the plan")
     lessons = _head_inputs(model, dataset, spread_rows(dataset, "train", HEAD_ROWS))
     held = spread_rows(dataset, "val", HEAD_ROWS)
-    held_inputs = _head_inputs(model, dataset, held)
+    head = convert_head(model.head, plan, lessons, _head_inputs(model, dataset, held), held.labels)
+    return make_runtime(head, sides_of(model.transform), plan)
+
+
+def convert_head(
+    head: nn.Module,
+    plan: DensePlan,
+    lessons: Sequence[tuple[Tensor, Tensor]],
+    held: Sequence[tuple[Tensor, Tensor]],
+    labels_NT: np.ndarray,
+) -> nn.Module:
+    """A head as a plan asks, by batches of what it is given for some rows; `labels_NT` are those of the held rows."""
 
     @torch.inference_mode()
     def loss(head: nn.Module) -> float:
-        logits = torch.cat([head(*inputs) for inputs in held_inputs]).numpy()
-        return float(np.mean([row_losses(held.labels[:, t], logits[:, t]).mean() for t in range(logits.shape[1])]))
+        logits = torch.cat([head(*inputs) for inputs in held]).numpy()
+        return float(np.mean([row_losses(labels_NT[:, t], logits[:, t]).mean() for t in range(logits.shape[1])]))
 
     steps = plan.distill_steps
     again = itertools.islice(itertools.cycle(lessons), steps)
-    head, _ = compress_head(model.head, plan, lessons, loss, plan.max_loss, again, steps)
-    return make_runtime(head, sides_of(model.transform), plan)
+    return compress_head(head, plan, lessons, loss, plan.max_loss, again, steps)[0]
 
 
 def _head_inputs(model: CompressedModel, dataset: Dataset, rows: Rows) -> list[tuple[Tensor, Tensor]]:
@@ -329,10 +339,12 @@ def compress(
     progress: ReportProgress,
     metrics: Mapping[str, Any] | None = None,
     dense: Mapping[str, Tensor] | None = None,
+    head: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Write the artifact of a plan into the folder `out`, and return its manifest.
 
-    `dense` is the head to write, calibrated and as wide as trained; the checkpoint's own by default.
+    `dense` is the head to write, calibrated and as wide as trained; the checkpoint's own by default. `head`: one
+    that was converted as the plan's `dense` asks, which is done here by default.
     Raises: PlanError when a table cannot do what the plan asks; DataError when data and checkpoint do not belong
     together; SlimrankError when `out` holds something already.
     """
@@ -358,7 +370,11 @@ def compress(
         if plan.dense == DensePlan():
             save_file(state, staging / WEIGHTS)
         else:
-            model.head = shrink_head(model, dataset, plan.dense)
+            model.head = (
+                shrink_head(model, dataset, plan.dense)
+                if head is None
+                else make_runtime(head, sides_of(model.transform), plan.dense)
+            )
             model.head.save(staging)
         items = dataset.items()
         if items is not None:

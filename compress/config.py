@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from compress.errors import PlanError
 from compress.methods.codebook import MAX_CENTROIDS
@@ -19,6 +28,7 @@ from trainer.data.schema import Config
 Bits = Literal[2, 4, 8, 16, 32]
 TierBits = Literal[0, 2, 4, 8, 16, 32]
 Unknown = Literal["own", "shared"]
+T = TypeVar("T")
 
 
 class Cut(Config):
@@ -140,24 +150,108 @@ class CompressionPlan(Config):
         return self.tables.get(table, self.default)
 
 
-class SearchConfig(Config):
-    """The `tune` section: the grid of settings, the budget, and the samples.
+class Range(Config):
+    """A knob that takes any number from `low` to `high`; with `log`, evenly by ratio. `points`: of them in a grid."""
 
-    `sample_rows` of the validation split score every trial; `gate_rows` others, which no trial sees, decide.
+    low: float
+    high: float
+    log: bool = False
+    points: int = Field(default=8, ge=2, le=1000)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Range:
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ValueError(f"low {self.low:g} is below high {self.high:g}, both finite: swap them, or give a choice")
+        if self.log and self.low <= 0:
+            raise ValueError(f"log needs low above 0, it is {self.low:g}")
+        return self
+
+
+class Choice(Config, Generic[T]):
+    """A knob that takes one of some values; with a single one it is fixed."""
+
+    choice: tuple[T, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Choice:
+        if any(a == b for a, b in itertools.combinations(self.choice, 2)):
+            raise ValueError("a value is there twice")
+        return self
+
+
+def _kind_of_knob(value: Any) -> str:
+    return "choice" if isinstance(value, Choice) or (isinstance(value, dict) and "choice" in value) else "range"
+
+
+Number = Annotated[
+    Annotated[Range, Tag("range")] | Annotated[Choice[float], Tag("choice")], Discriminator(_kind_of_knob)
+]
+
+
+class Space(Config):
+    """What a search varies; whatever else a plan says follows from these in closed form.
+
+    `budget`: bytes of the tables, as a share of fp32. `bits`: what rows may be coded at. `centroids`: how many of them
+    a table's tail may read, at most. `trust`: how far the tables' predicted losses are corrected by what compressing
+    each was measured to cost (0: not at all). `tier_price`: relative loss of NE that a millisecond of looking up 500
+    candidates is worth, by which tiers are merged. `dense`: what to do to the layers above the tables.
     """
 
-    trials: int = Field(default=24, ge=1)
-    bits: tuple[Bits, ...] = Field(default=(8, 4, 2), min_length=1)
-    coverage: tuple[float, ...] = Field(default=(1.0, 0.999, 0.995, 0.99, 0.98, 0.95, 0.9, 0.8), min_length=1)
+    budget: Number = Range(low=0.003, high=0.3, log=True)
+    bits: Choice[tuple[Literal[2, 4, 8, 16], ...]] = Choice(choice=((2, 4, 8, 16), (4, 8, 16), (8, 16)))
+    centroids: Choice[int] = Choice(choice=(MAX_CENTROIDS, 1))
+    trust: Number = Range(low=0.0, high=1.0)
+    tier_price: Number = Range(low=1e-5, high=1e-2, log=True)
+    dense: Choice[DensePlan] = Choice(choice=(DensePlan(), DensePlan(dtype="int8")))
+
+    @model_validator(mode="after")
+    def _in_bounds(self) -> Space:
+        for name, low, high in (("budget", 0.0, 1.0), ("trust", 0.0, 1.0), ("tier_price", 0.0, math.inf)):
+            knob = getattr(self, name)
+            values = (knob.low, knob.high) if isinstance(knob, Range) else knob.choice
+            if not all(low <= v <= high for v in values) or (name == "budget" and min(values) <= 0):
+                raise ValueError(f"{name} {list(values)}: from {low:g} to {high:g}")
+        if any(not bits for bits in self.bits.choice):
+            raise ValueError("bits: each choice is a list with at least one of 2, 4, 8 and 16")
+        if any(not 1 <= count <= MAX_CENTROIDS for count in self.centroids.choice):
+            raise ValueError(f"centroids {list(self.centroids.choice)}: from 1 to {MAX_CENTROIDS}")
+        return self
+
+
+class SearchConfig(Config):
+    """The `tune` section: how long to search and how, what must hold, and the samples.
+
+    `trials` in all, within `minutes`. `algorithm` draws the settings. What must hold, by the one-sided 95% bound:
+    `max_delta_ne`; and `max_table_bytes` ("2%", "300MB"), `max_ms` (500 candidates, one thread) where they are given.
+
+    `sample_rows` of the validation split score the trials, at first `rungs` of them, and the best one in `eta` goes on
+    at each; `selection_rows` others choose from the front, and `gate_rows`, which no one saw before, decide, for
+    `gate_tries` plans at most. `start` plans from the closed form come first. `finalists` of the front are measured
+    alone and, unless `calibrate` is null, tried with a fine-tuned head as well.
+    """
+
+    trials: int = Field(default=48, ge=1)
+    minutes: float | None = Field(default=None, gt=0)
+    algorithm: Literal["tpe", "nsga2", "random", "grid"] = "tpe"
+    space: Space = Space()
     max_delta_ne: float = Field(default=0.001, gt=0)
+    max_table_bytes: str | None = None
+    max_ms: float | None = Field(default=None, gt=0)
     sample_rows: int = Field(default=100_000, ge=100)
+    selection_rows: int = Field(default=100_000, ge=100)
     gate_rows: int = Field(default=1_000_000, ge=100)
+    rungs: tuple[float, ...] = (0.1, 0.3, 1.0)
+    eta: int = Field(default=3, ge=2)
+    start: int = Field(default=8, ge=1)
+    finalists: int = Field(default=4, ge=1)
+    gate_tries: int = Field(default=3, ge=1)
+    calibrate: CalibrationPlan | None = CalibrationPlan()
     seed: int = 0
 
     @model_validator(mode="after")
-    def _shares(self) -> SearchConfig:
-        if any(not 0 < c <= 1 for c in self.coverage):
-            raise ValueError(f"coverage {list(self.coverage)}: each is a share of lookups, above 0 and at most 1")
+    def _rising(self) -> SearchConfig:
+        if not self.rungs or self.rungs[-1] != 1.0 or sorted(set(self.rungs)) != list(self.rungs) or self.rungs[0] <= 0:
+            raise ValueError(f"rungs {list(self.rungs)}: rising shares of the sample, the last one is 1")
         return self
 
 

@@ -13,6 +13,8 @@ Legend: B batch, I inputs, O outputs.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -70,6 +72,13 @@ class Int8Linear(Int8Weights):
         self.oracle = False
         self.packed: dict[tuple[int, ...] | None, str] = {}  # columns -> the buffer that holds them packed
         self.register_buffer("zeros", torch.zeros(n_out, dtype=torch.int64), persistent=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what is packed, which belongs to a process: it is packed again where it is used."""
+        packed = set(self.packed.values())
+        buffers = {name: b for name, b in self._buffers.items() if name not in packed}
+        passing = self._non_persistent_buffers_set - packed
+        return {**self.__dict__, "packed": {}, "_buffers": buffers, "_non_persistent_buffers_set": passing}
 
     @property
     def rounding(self) -> tuple[float, int]:

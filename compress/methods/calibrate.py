@@ -87,22 +87,34 @@ def calibrate(
     before those of `resolved`; the steps are divided among all. Deterministic by the plan's seed.
     Raises: PlanError when a loss is not finite.
     """
-    rounds = len(on_the_way) + 1
-    plan = plan.model_copy(update={"steps": max(plan.steps // rounds, 1)})
+    control = [None] * (len(on_the_way) + 1)
+    return Calibration(
+        fine_tune(train, held, resolved, plan, negative_rate, progress, on_the_way),
+        fine_tune(train, held, None, plan, negative_rate, progress, control[1:]),
+    )
 
-    def tuned(stages: Sequence[Mapping[str, ResolvedTable] | None]) -> Tuned:
-        found: Tuned | None = None
-        for each in stages:
-            own = [w if found is None else with_head(w, found.dense) for w in (train, held)]
-            sides = [reading(w, each) for w in own]
-            found = tune_head(sides[0], sides[1], train.run, plan, negative_rate, teacher, progress)
-        assert found is not None
-        return found
 
+def fine_tune(
+    train: WorkingSet,
+    held: WorkingSet,
+    resolved: Mapping[str, ResolvedTable] | None,
+    plan: CalibrationPlan,
+    negative_rate: float,
+    progress: ReportProgress = lambda *_: None,
+    on_the_way: Sequence[Mapping[str, ResolvedTable] | None] = (),
+) -> Tuned:
+    """`calibrate` of one model: the compressed one, or with nothing resolved the fp32 one."""
+    plan = plan.model_copy(update={"steps": max(plan.steps // (len(on_the_way) + 1), 1)})
+    found: Tuned | None = None
     with torch.random.fork_rng(devices=[]):  # heads are built, and may drop out
         torch.manual_seed(plan.seed)
         teacher = score(train, None) if plan.target != "labels" else None
-        return Calibration(tuned([*on_the_way, resolved]), tuned([None] * rounds))
+        for each in (*on_the_way, resolved):
+            own = [w if found is None else with_head(w, found.dense) for w in (train, held)]
+            sides = [reading(w, each) for w in own]
+            found = tune_head(sides[0], sides[1], train.run, plan, negative_rate, teacher, progress)
+    assert found is not None
+    return found
 
 
 def reading(working: WorkingSet, resolved: Mapping[str, ResolvedTable] | None) -> Reading:

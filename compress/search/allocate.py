@@ -18,7 +18,9 @@ import numpy as np
 from compress.errors import PlanError
 
 MAX_STATES = 1 << 18
-_SECTIONS, _ROUNDS = 9, 13  # of a range of 1e24, by ratio: to a relative 2e-11
+_SECTIONS, _ROUNDS = 9, 20
+_RANGE = 1e-24  # of the dearest multiplier: below it a byte is worth nothing
+_CLOSE = 3e-4  # of a multiplier, or of the budget: what is left is given out move by move
 
 
 @dataclass(frozen=True)
@@ -77,33 +79,87 @@ def allocate(tables: Sequence[Options], budget_bytes: int) -> Allocation:
     That sum is within the last move of the optimum: no byte count on the lower convex hull is missed.
     Raises: PlanError for arrays that do not fit together, and for a budget below the floor, with what holds that up.
     """
-    grid = _Grid(tables)
-    floor_TE = grid.floor()
-    _check_floor(tables, grid.table_bytes(floor_TE), budget_bytes)
-    best_TE, multiplier = grid.lagrange(0.0), 0.0
-    if int(grid.table_bytes(best_TE).sum()) > budget_bytes:
-        best_TE, multiplier = _bisect(grid, floor_TE, budget_bytes)
-        grid.fill(best_TE, budget_bytes)
-    return grid.allocation(best_TE, multiplier)
+    return Menus([[table] for table in tables]).allocate(budget_bytes)[1]
 
 
-def _bisect(grid: _Grid, floor_TE: np.ndarray, budget_bytes: int) -> tuple[np.ndarray, float]:
-    """The plan of the smallest multiplier that meets the budget, and that multiplier."""
-    finite = np.where(np.isfinite(grid.loss_TEB), grid.loss_TEB, np.nan)
-    # a byte outweighs all losses and prices
-    high = float((np.nanmax(finite, axis=2) - np.nanmin(finite, axis=2)).sum() + grid.price_TB.sum())
-    high += float(grid.opening_TB.sum())
-    low = high * 1e-24
-    best_TE, multiplier = floor_TE, high
-    for _ in range(_ROUNDS):
-        steps_M = np.geomspace(low, high, _SECTIONS + 1)
-        plans = grid.lagrange_each(steps_M[1:-1])
-        fit = [int(grid.table_bytes(choice_TE).sum()) <= budget_bytes for choice_TE in plans]
-        first = fit.index(True) if any(fit) else len(plans)
-        low, high = float(steps_M[first]), float(steps_M[first + 1])
-        if first < len(plans) and grid.table_cost(plans[first]).sum() <= grid.table_cost(best_TE).sum():
-            best_TE, multiplier = plans[first], high
-    return best_TE, multiplier
+@dataclass(frozen=True)
+class _Solved:
+    """The best at one multiplier: which menu (T,) of all, its options (T, E), bytes and cost of all tables."""
+
+    picks_T: np.ndarray
+    choice_TE: np.ndarray
+    bytes: int
+    cost: float
+
+
+class Menus:
+    """Tables that have several menus of options each, of which one is taken: the best at a multiplier.
+
+    What is found at a multiplier is remembered: another budget begins between two of those.
+    """
+
+    def __init__(self, menus: Sequence[Sequence[Options]]) -> None:
+        """Raises: PlanError for arrays that do not fit together."""
+        self.tables = [several[0] for several in menus]
+        self.grid = _Grid([options for several in menus for options in several])
+        self.ends = np.cumsum([len(several) for several in menus], dtype=np.int64)
+        self.known: dict[float, _Solved] = {}
+        loss_TEB, grid = self.grid.loss_TEB, self.grid
+        finite = np.where(np.isfinite(loss_TEB), loss_TEB, np.nan)
+        # at the dearest a byte outweighs all losses and prices
+        span = (np.nanmax(finite, axis=2) - np.nanmin(finite, axis=2)).sum()
+        self.dearest = float(span + grid.price_TB.sum() + grid.opening_TB.sum()) or 1.0
+
+    def allocate(self, budget_bytes: int) -> tuple[list[int], Allocation]:
+        """The menu of each table, and the options of least loss and prices, within a budget.
+
+        Raises: PlanError for a budget below the floor, with what holds that up.
+        """
+        first_T = np.concatenate([[0], self.ends[:-1]]).astype(np.int64)[: len(self.ends)]
+        smallest = self.grid.pick(first_T)
+        floor_TE = smallest.floor()
+        _check_floor(self.tables, smallest.table_bytes(floor_TE), budget_bytes)
+        self._solve([m for m in (0.0, self.dearest) if m not in self.known])
+        if self.known[0.0].bytes <= budget_bytes:
+            found, multiplier = self.known[0.0], 0.0
+        else:
+            self._narrow(budget_bytes)
+            fits = {m: solved for m, solved in self.known.items() if solved.bytes <= budget_bytes}
+            multiplier = min(fits, key=lambda m: fits[m].cost, default=self.dearest)
+            floor = _Solved(first_T, floor_TE, 0, 0.0)
+            found = fits.get(multiplier, floor)
+        grid, choice_TE = self.grid.pick(found.picks_T), found.choice_TE.copy()
+        if multiplier:
+            grid.fill(choice_TE, budget_bytes)
+        return (found.picks_T - first_T).tolist(), grid.allocation(choice_TE, multiplier)
+
+    def _narrow(self, budget_bytes: int) -> None:
+        """Look at multipliers until the two around the budget are neighbours, or one meets it closely."""
+        for _ in range(_ROUNDS):
+            low = max((m for m, s in self.known.items() if s.bytes > budget_bytes), default=0.0)
+            above = [m for m, s in self.known.items() if s.bytes <= budget_bytes and m > low]
+            high = min(above, default=self.dearest)
+            if low and high / low < 1 + _CLOSE:
+                return
+            if above and self.known[high].bytes >= (1 - _CLOSE) * budget_bytes:
+                return
+            self._solve(np.geomspace(low or self.dearest * _RANGE, high, _SECTIONS + 1)[1:-1].tolist())
+
+    def _solve(self, multipliers: list[float]) -> None:
+        if not multipliers:
+            return
+        for multiplier, choice_FE in zip(multipliers, self.grid.lagrange_each(np.array(multipliers)), strict=True):
+            bytes_F, cost_F = self.grid.table_bytes(choice_FE), self.grid.table_cost(choice_FE)
+            own = cost_F + multiplier * bytes_F
+            first = 0
+            picks = []
+            for end in self.ends.tolist():
+                picks.append(first + int(own[first:end].argmin()))
+                first = end
+            picks_T = np.array(picks, dtype=np.int64)
+            self.known[multiplier] = _Solved(
+                picks_T, choice_FE[picks_T], int(bytes_F[picks_T].sum()), float(cost_F[picks_T].sum())
+            )
 
 
 def floor_bytes(tables: Sequence[Options]) -> np.ndarray:
@@ -212,6 +268,13 @@ class _Grid:
         if unplanned.any():
             name = tables[int(unplanned.argmax())].name
             raise PlanError(f"table {name}: no options that fall with rank cover all buckets: allow it more bits")
+
+    def pick(self, which_T: np.ndarray) -> _Grid:
+        """Some of the tables."""
+        grid = object.__new__(_Grid)
+        for name, own in vars(self).items():
+            setattr(grid, name, own[which_T])
+        return grid
 
     def floor(self) -> np.ndarray:
         """The options (T, E) of fewest bytes."""
@@ -327,9 +390,3 @@ def _check(table: Options) -> None:
             raise PlanError(f"table {table.name}: {what} are {own.tolist()}, none may be negative or NaN")
     if np.isnan(table.loss_EB).any() or (table.loss_EB == -np.inf).any() or (table.bytes_EB < 0).any():
         raise PlanError(f"table {table.name}: a loss is NaN, or bytes are negative: profile the table again")
-
-
-def relaxed(tables: Sequence[Options], multiplier: float) -> Allocation:
-    """The options of least predicted loss and prices, plus `multiplier` times the bytes, whatever these sum to."""
-    grid = _Grid(tables)
-    return grid.allocation(grid.lagrange(multiplier), multiplier)

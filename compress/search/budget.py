@@ -19,16 +19,15 @@ import numpy as np
 from compress.compressor import SHARED_BITS, resolve, table_bytes
 from compress.config import Bits, CompressionPlan, TablePlan, TierPlan, Unknown
 from compress.errors import PlanError
-from compress.ids import id_map_bytes, loose_bits, packed_bytes
+from compress.ids import id_map_bytes
 from compress.lookup import TABLE_ALIGNMENT
 from compress.methods.codec import row_bytes
-from compress.search.allocate import Options, allocate, floor_bytes, knapsack, relaxed
+from compress.search.allocate import Menus, Options, floor_bytes, knapsack
 from compress.search.latency import Latency
 from compress.search.profile import TableProfile
 from compress.search.sensitivity import Predicted
 from trainer.data.transform import RESERVED_ROWS
 
-PRICE_ROUNDS = 3
 CODEBOOKS = (4, 16, 64, 256)
 ROUNDS = 8  # of fitting the exact bytes, alignment and all, into the budget
 CLOSE = 0.002  # of the budget may be left over
@@ -138,19 +137,19 @@ def _within(
     checkpoint: str | None,
 ) -> Budgeted:
     """The plan of least predicted loss and prices: `tier_nats` is what one more tier of each table must gain."""
+    tables = None if per_table else TieredTables(profiles, predicted, tier_nats)
     spare, least = budget, 0
     best: tuple[float, Budgeted] | None = None
     for _ in range(ROUNDS):
         try:
-            chosen, cost = (
-                _uniform(profiles, predicted, spare) if per_table else _tiered(profiles, predicted, spare, tier_nats)
-            )
+            chosen, cost = _uniform(profiles, predicted, spare) if tables is None else tables.within(spare)
         except PlanError:
             if best is None:
                 raise
             break
-        tables = {name: plan for name, (plan, _) in chosen.items()}
-        plan = CompressionPlan(order="fisher", tables=tables, checkpoint=checkpoint)
+        plan = CompressionPlan(
+            order="fisher", tables={name: plan for name, (plan, _) in chosen.items()}, checkpoint=checkpoint
+        )
         taken = table_bytes(resolve(plan, profiles))
         found = Budgeted(plan, taken, {name: loss for name, (_, loss) in chosen.items()})
         if taken <= budget and (best is None or cost < best[0]):
@@ -164,42 +163,46 @@ def _within(
     return best[1]
 
 
-def _tiered(
-    profiles: Mapping[str, TableProfile],
-    predicted: Mapping[str, Predicted],
-    budget: int,
-    tier_nats: Mapping[str, float],
-) -> tuple[dict[str, tuple[TablePlan, float]], float]:
-    """Tiers by rank, and what they cost with their prices.
+class TieredTables:
+    """Tables with tiers by rank, each with all its ways of cutting; plans of any number of bytes.
 
-    Each table has the ways of cutting that cost least at the price that the budget sets.
+    `tier_nats`: what one more tier of each table must gain.
     """
-    base = sum(_base_bytes(p) for p in profiles.values())
-    ways = {name: ways_of(profile) for name, profile in profiles.items()}
-    options = {n: [bucket_options(profiles[n], predicted[n], w, tier_nats[n]) for w in ways[n]] for n in profiles}
-    chosen = dict.fromkeys(profiles, 0)  # forgetting what is cut: the smallest there is
-    found = allocate(_picked(options, chosen), _above_floor(_picked(options, chosen), budget - base, base))
-    for _ in range(PRICE_ROUNDS):
-        again = {}
-        for name, several in options.items():
-            costs = relaxed(several, found.multiplier)
-            again[name] = int(np.argmin(costs.loss + costs.price + found.multiplier * costs.bytes))
-        try:
-            better = allocate(_picked(options, again), budget - base)
-        except PlanError:  # what these ways need at the least does not fit
-            break
-        if better.cost >= found.cost:
-            break
-        chosen, found = again, better
-    plans = {}
-    for index, (name, profile) in enumerate(profiles.items()):
-        way = ways[name][chosen[name]]
-        plans[name] = tiers_of(profile, predicted[name], found.choices[index], way), float(found.loss[index])
-    return plans, found.cost
+
+    def __init__(
+        self,
+        profiles: Mapping[str, TableProfile],
+        predicted: Mapping[str, Predicted],
+        tier_nats: Mapping[str, float],
+    ) -> None:
+        self.profiles, self.predicted = profiles, predicted
+        self.base = sum(_base_bytes(p) for p in profiles.values())
+        self.ways = {name: ways_of(predicted[name]) for name in profiles}
+        self.options = {
+            n: [bucket_options(profiles[n], predicted[n], w, tier_nats[n]) for w in self.ways[n]] for n in profiles
+        }
+        self.menus = Menus(list(self.options.values()))
+
+    def within(self, budget: int) -> tuple[dict[str, tuple[TablePlan, float]], float]:
+        """The plan and predicted loss of each table, and what all cost with their prices.
+
+        Raises: PlanError when the budget is below the floor.
+        """
+        picks, found = self.menus.allocate(
+            _above_floor([several[0] for several in self.options.values()], budget - self.base, self.base)
+        )
+        plans = {}
+        for index, (name, profile) in enumerate(self.profiles.items()):
+            way = self.ways[name][picks[index]]
+            plan = tiers_of(profile, self.predicted[name], found.choices[index], way)
+            plans[name] = plan, float(found.loss[index])
+        return plans, found.cost
 
 
-def _picked(options: Mapping[str, list[Options]], chosen: Mapping[str, int]) -> list[Options]:
-    return [several[chosen[name]] for name, several in options.items()]
+def floor_bytes_of(profiles: Mapping[str, TableProfile], predicted: Mapping[str, Predicted]) -> int:
+    """The fewest bytes that tables with tiers can take together, before alignment between tiers."""
+    options = [bucket_options(p, predicted[name], ways_of(predicted[name])[0]) for name, p in profiles.items()]
+    return sum(_base_bytes(p) for p in profiles.values()) + int(floor_bytes(options).sum())
 
 
 @dataclass(frozen=True)
@@ -210,9 +213,9 @@ class Way:
     centroids: int
 
 
-def ways_of(profile: TableProfile) -> list[Way]:
+def ways_of(predicted: Predicted) -> list[Way]:
     """The ways a table may cut rows; the first takes the fewest bytes."""
-    return [Way(forget, count) for forget in (True, False) for count in (1, *profile.codebooks)]
+    return [Way(forget, count) for forget in (True, False) for count in (1, *predicted.nearest)]
 
 
 def _above_floor(options: list[Options], budget: int, base: int) -> int:
@@ -251,10 +254,7 @@ def bucket_options(profile: TableProfile, predicted: Predicted, way: Way, tier_n
     if profile.key_bits is None:
         bytes_EB[0] += _id_bytes(profile, int(edges[0]), way.forget)  # whatever is cut
     else:
-        own, loose = (
-            np.maximum(np.diff([packed_bytes(int(e) - RESERVED_ROWS, width) for e in edges]), 0)
-            for width in (profile.key_bits, loose_bits(int(edges[-1])))
-        )
+        own, loose = profile.key_bytes
         bytes_EB[:, 0] += 0 if way.forget else loose
         bytes_EB[:, 1] += loose
         bytes_EB[:, 2:] += own[:, None]

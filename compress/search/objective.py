@@ -16,10 +16,10 @@ import numpy as np
 
 from trainer.metrics import auc, row_losses
 
-RESAMPLES = 400
+RESAMPLES = 1_000
 CONFIDENCE = 0.95
 ONE_SIDED = 1.6449  # standard errors of a normal law below which 95% lie
-BOOTSTRAP_CHUNK = 20_000
+BOOTSTRAP_BLOCKS = 4_096
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,53 @@ class Quality:
     delta_auc_lower: float
 
 
-def bootstrap_ratio_upper(changed_N: np.ndarray, base_N: np.ndarray, seed: int = 0) -> float:
-    """The upper 95% bound (one-sided) of mean(changed) / mean(base) - 1 over paired Poisson resamples of rows."""
+def bootstrap_ratio_upper(
+    changed_N: np.ndarray, base_N: np.ndarray, seed: int = 0, confidence: float = CONFIDENCE
+) -> float:
+    """The upper bound (one-sided) of mean(changed) / mean(base) - 1 over paired Poisson resamples.
+
+    Rows are resampled in BOOTSTRAP_BLOCKS blocks of every so-manieth row: as many draws whatever the number of rows,
+    and with so many blocks the same law.
+    """
     rng = np.random.default_rng(seed)
-    sums = np.zeros((2, RESAMPLES))
-    for first in range(0, len(base_N), BOOTSTRAP_CHUNK):
-        chunk = slice(first, first + BOOTSTRAP_CHUNK)
-        weights = rng.poisson(1.0, size=(RESAMPLES, len(base_N[chunk]))).astype(np.float32)
-        sums += (weights @ np.stack([changed_N[chunk], base_N[chunk]], axis=1)).T
-    return float(np.quantile(sums[0] / sums[1] - 1.0, CONFIDENCE))
+    blocks = np.arange(len(base_N)) % BOOTSTRAP_BLOCKS
+    pairs = np.stack([np.bincount(blocks, values) for values in (changed_N, base_N)], axis=1)
+    sums = rng.poisson(1.0, size=(RESAMPLES, len(pairs))) @ pairs
+    return float(np.quantile(sums[:, 0] / sums[:, 1] - 1.0, confidence))
+
+
+def delta_ne(labels: np.ndarray, logits: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
+    """Delta NE of (N, T) log-odds against the fp32 model's, and its standard error; the worst task's.
+
+    The error of a ratio of paired means, to first order: quick, where a bound is not what is asked for.
+    """
+    found = []
+    for task in range(labels.shape[1]):
+        changed, base = (row_losses(labels[:, task], scores[:, task]) for scores in (logits, reference))
+        ratio = float(changed.mean() / base.mean())
+        error = float((changed - ratio * base).std() / (base.mean() * np.sqrt(len(base))))
+        found.append((ratio - 1.0, error))
+    return max(found)
+
+
+def top_overlap(logits: np.ndarray, reference: np.ndarray, k: int = 10, slate: int = 100) -> float:
+    """The share of the fp32 model's k best that is among this one's k best, of slates of rows as they come.
+
+    Shapes: (N, T) log-odds; the worst task's. Rows beyond the last whole slate are left out; all rows where there is
+    none.
+    """
+    rows = len(logits) // slate * slate
+    if not rows:
+        rows = slate = len(logits)
+    k = min(k, slate)
+    shares = []
+    for task in range(logits.shape[1]):
+        best = [
+            np.argsort(-scores[:rows, task].reshape(-1, slate), axis=1, kind="stable")[:, :k]
+            for scores in (logits, reference)
+        ]
+        shares.append(float((best[0][:, :, None] == best[1][:, None, :]).any(2).mean()))
+    return min(shares)
 
 
 def midranks(values_N: np.ndarray) -> np.ndarray:
@@ -79,23 +117,38 @@ def delta_auc_error(labels_N: np.ndarray, logits_N: np.ndarray, reference_N: np.
     return float(np.sqrt(sum(c.var(ddof=1) / len(c) for c in changes)))
 
 
-def compare(labels: np.ndarray, logits: np.ndarray, reference: np.ndarray, seed: int = 0) -> Quality:
-    """Quality of (N, T) log-odds against the fp32 model's on the same labels (N, T)."""
-    worst: Quality | None = None
+def by_task(
+    labels: np.ndarray,
+    logits: np.ndarray,
+    reference: np.ndarray,
+    seed: int = 0,
+    confidence: float = CONFIDENCE,
+) -> list[Quality]:
+    """Quality of each task of (N, T) log-odds against the fp32 model's on the same labels (N, T)."""
+    found = []
     for task in range(labels.shape[1]):
         y, new, old = labels[:, task], logits[:, task], reference[:, task]
         changed, base = row_losses(y, new), row_losses(y, old)
         change = auc(y, new) - auc(y, old)
-        quality = Quality(
-            float(changed.mean() / base.mean() - 1.0),
-            bootstrap_ratio_upper(changed, base, seed),
-            change,
-            change - ONE_SIDED * delta_auc_error(y, new, old),
+        found.append(
+            Quality(
+                float(changed.mean() / base.mean() - 1.0),
+                bootstrap_ratio_upper(changed, base, seed, confidence),
+                change,
+                change - ONE_SIDED * delta_auc_error(y, new, old),
+            )
         )
-        if worst is None or quality.delta_ne_upper > worst.delta_ne_upper:
-            worst = quality
-    assert worst is not None, "a ranker has a task"
-    return worst
+    return found
+
+
+def worst(qualities: Sequence[Quality]) -> Quality:
+    """The one whose bound of delta NE is highest."""
+    return max(qualities, key=lambda q: q.delta_ne_upper)
+
+
+def compare(labels: np.ndarray, logits: np.ndarray, reference: np.ndarray, seed: int = 0) -> Quality:
+    """Quality of (N, T) log-odds against the fp32 model's on the same labels (N, T): the worst task's."""
+    return worst(by_task(labels, logits, reference, seed))
 
 
 def rows_to_resolve(quality: Quality, rows: int, budget: float) -> int:
@@ -103,14 +156,3 @@ def rows_to_resolve(quality: Quality, rows: int, budget: float) -> int:
     room = budget - quality.delta_ne
     width = quality.delta_ne_upper - quality.delta_ne
     return int(np.ceil(rows * (width / room) ** 2)) if room > 0 else 0
-
-
-def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points (bytes, loss) that no other one beats in both, by rising bytes."""
-    front: list[int] = []
-    best = np.inf
-    for index in sorted(range(len(points)), key=lambda i: points[i]):
-        if points[index][1] < best:
-            front.append(index)
-            best = points[index][1]
-    return front

@@ -12,13 +12,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from compress.config import Cut
-from compress.ids import key_bits, loose_bits
+from compress.ids import key_bits, loose_bits, packed_bytes
 from compress.methods import prune
 from compress.methods.codebook import fit_codebook, metric_root, nearest
 from compress.methods.fold import foldable_tables
@@ -79,6 +80,16 @@ class TableProfile:
         none = np.zeros(0, dtype=np.int64)
         books = {count: replace(book, numbers=none) for count, book in self.codebooks.items()}
         return replace(self, order=none, counts=none, codebooks=books)
+
+    @cached_property
+    def key_bytes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes (E - 1,) that the keys of each bucket's rows take, with rows of their own, and with centroids'."""
+        assert self.key_bits is not None, f"{self.info.name}: a hash table stores no keys"
+        own, loose = (
+            np.maximum(np.diff([packed_bytes(int(e) - RESERVED_ROWS, width) for e in self.edges]), 0)
+            for width in (self.key_bits, loose_bits(int(self.edges[-1])))
+        )
+        return own, loose
 
     def ranks(self) -> np.ndarray:
         """Rank (N,) int32 of each training row."""

@@ -1,15 +1,99 @@
-"""Which plans a search tries: pure functions of the tables, the SearchConfig and a seed."""
+"""What a search varies, as values: settings, their names in results, where the closed form begins, a grid of them.
+
+A setting is a mapping from knob to value; `params` of a result hold the same as scalars that a sampler and a chart can
+handle: numbers as they are, choices by their label.
+"""
 
 from __future__ import annotations
 
 import itertools
+import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
-from compress.config import Bits, CompressionPlan, SearchConfig, TablePlan
+import numpy as np
+
+from compress.config import Bits, Choice, Range, Space
 from compress.errors import PlanError
 from compress.methods.codec import row_bytes
-from trainer.data.transform import TableInfo
+from compress.methods.dense import DensePlan
+
+Params = dict[str, float | str]
+
+
+def knobs(space: Space) -> dict[str, Range | Choice]:
+    """The knobs of a space by name, in the order of the schema."""
+    return {name: getattr(space, name) for name in Space.model_fields}
+
+
+def label(value: Any) -> str:
+    """How a choice is called in results: "2,4,8", "int8", "keep_neurons=0.5 dtype=int8", "0.02"."""
+    if isinstance(value, DensePlan):
+        own = value.model_dump(mode="json", exclude_defaults=True)
+        return own["dtype"] if list(own) == ["dtype"] else " ".join(f"{k}={v}" for k, v in own.items()) or "fp32"
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return f"{value:g}"
+
+
+def choices(knob: Choice) -> dict[str, Any]:
+    """The values of a choice by label."""
+    return {label(value): value for value in knob.choice}
+
+
+def setting(space: Space, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The value of every knob. Raises: PlanError for params of another space."""
+    found = {}
+    for name, knob in knobs(space).items():
+        value = params.get(name)
+        if isinstance(knob, Range):
+            inside = isinstance(value, int | float) and knob.low <= value <= knob.high
+            found[name] = value
+        else:
+            inside = value in choices(knob)
+            found[name] = choices(knob).get(value)  # type: ignore[arg-type]
+        if not inside:
+            raise PlanError(f"{name} {value!r}: not in the search space: search anew, into another folder")
+    return found
+
+
+def points(knob: Range | Choice, count: int) -> list[float | str]:
+    """`count` numbers spread over a range, both ends included; or all labels of a choice."""
+    if isinstance(knob, Choice):
+        return list(choices(knob))
+    spread = np.geomspace if knob.log else np.linspace
+    return [min(max(float(x), knob.low), knob.high) for x in spread(knob.low, knob.high, count)]
+
+
+def first_of(knob: Range | Choice) -> float | str:
+    """Where a search begins: the first choice; the lower end of a range, which is the closed form as it is."""
+    return knob.low if isinstance(knob, Range) else label(knob.choice[0])
+
+
+def start_points(space: Space, count: int) -> list[Params]:
+    """The closed form as it is, at budgets from the largest to the smallest; each of its choices of heads in turn."""
+    usual = {name: first_of(knob) for name, knob in knobs(space).items()}
+    budgets = points(space.budget, max(count, 2))
+    by_size = sorted(budgets, key=float, reverse=True)[:count]
+    heads = itertools.cycle(choices(space.dense))
+    return [{**usual, "budget": _number(budget, space), "dense": next(heads)} for budget in by_size]
+
+
+def _number(value: float | str, space: Space) -> float | str:
+    return value if isinstance(space.budget, Range) else label(float(value))
+
+
+def grid(space: Space, count: int, seed: int) -> list[Params]:
+    """`count` points of the grid that the knobs span, drawn without order; all of them where there are no more."""
+    spans = {name: points(knob, knob.points if isinstance(knob, Range) else 0) for name, knob in knobs(space).items()}
+    total = math.prod(len(values) for values in spans.values())
+    chosen = random.Random(seed).sample(range(total), min(count, total))
+    sizes = [len(values) for values in spans.values()]
+    places = [np.unravel_index(index, sizes) for index in chosen]
+    return [
+        {name: values[int(at)] for (name, values), at in zip(spans.items(), place, strict=True)} for place in places
+    ]
 
 
 def packable(dim: int, bits: Bits) -> Bits:
@@ -21,48 +105,3 @@ def packable(dim: int, bits: Bits) -> Bits:
             continue
         return more
     return 32
-
-
-def uniform_plan(tables: Mapping[str, TableInfo], bits: Bits, coverage: float) -> CompressionPlan:
-    """The same setting for every table, with more bits where a dim cannot be packed at these."""
-    default = TablePlan(bits=bits, coverage=coverage)
-    own = {n: packable(t.embedding_dim, bits) for n, t in tables.items()}
-    return CompressionPlan(
-        default=default,
-        tables={n: TablePlan(bits=b, coverage=coverage) for n, b in own.items() if b != bits},
-    )
-
-
-def mixed_plan(tables: Mapping[str, TableInfo], search: SearchConfig, rng: random.Random) -> CompressionPlan:
-    """A setting of its own for each table."""
-    return CompressionPlan(
-        tables={
-            name: TablePlan(
-                bits=packable(t.embedding_dim, rng.choice(search.bits)), coverage=rng.choice(search.coverage)
-            )
-            for name, t in tables.items()
-        }
-    )
-
-
-def plans(tables: Mapping[str, TableInfo], search: SearchConfig) -> list[CompressionPlan]:
-    """`search.trials` distinct plans: the grid of uniform ones (a spread of it when trials are fewer), then mixed ones.
-
-    The most careful setting always comes first, so that a search has something to fall back on.
-    """
-    rng = random.Random(search.seed)
-    careful = uniform_plan(tables, max(search.bits), max(search.coverage))
-    grid = [uniform_plan(tables, b, c) for b, c in itertools.product(search.bits, search.coverage)]
-    others = distinct(tables, [careful, *grid])[1:]
-    if len(others) >= search.trials:
-        return [careful, *rng.sample(others, search.trials - 1)]
-    tries = [mixed_plan(tables, search, rng) for _ in range(4 * search.trials)]
-    return distinct(tables, [careful, *others, *tries])[: search.trials]
-
-
-def distinct(tables: Mapping[str, TableInfo], candidates: Sequence[CompressionPlan]) -> list[CompressionPlan]:
-    """The first of the plans that do the same to every table, in order."""
-    seen: dict[tuple[TablePlan, ...], CompressionPlan] = {}
-    for plan in candidates:
-        seen.setdefault(tuple(plan.of(name) for name in tables), plan)
-    return list(seen.values())

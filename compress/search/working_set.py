@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import nn
 
 from compress.compressor import ResolvedTable, decoders_of, physical_tiers, put_rows, put_shared
 from compress.ids import Layout, loose_bits, target_rows
@@ -54,6 +55,33 @@ class WorkingSet:
     def bytes(self) -> int:
         """Bytes of the fp32 rows."""
         return sum(w.nbytes for w in self.weights.values())
+
+    def take(self, index: np.ndarray) -> WorkingSet:
+        """The working set of some rows of the sample, with only the table rows that these touch."""
+        sample = self.sample.take(index)
+        sparse, weights, ranks, clusters, mates = dict(sample.sparse), {}, {}, {}, {}
+        for name, table in self.transform.tables.items():
+            used = np.zeros(len(self.ranks[name]), dtype=bool)
+            used[:RESERVED_ROWS] = True
+            for feature in table.features:
+                used[sample.sparse[feature].values] = True
+            place = np.cumsum(used) - 1
+            for feature in table.features:
+                sparse[feature] = replace(sample.sparse[feature], values=place[sample.sparse[feature].values])
+            weights[name], ranks[name] = self.weights[name][used], self.ranks[name][used]
+            if name in self.clusters:
+                clusters[name] = {count: numbers[used] for count, numbers in self.clusters[name].items()}
+                own = self.mates[name][used[self.mates[name][:, 0]]]
+                mates[name] = np.stack([place[own[:, 0]], own[:, 1]], axis=1)
+        return replace(
+            self,
+            sample=Encoded(sparse, sample.dense),
+            labels=self.labels[index],
+            weights=weights,
+            ranks=ranks,
+            clusters=clusters,
+            mates=mates,
+        )
 
 
 def extract(
@@ -173,7 +201,14 @@ def trial(working: WorkingSet, resolved: Mapping[str, ResolvedTable] | None) -> 
     return model, Encoded(sparse, working.sample.dense)
 
 
-def score(working: WorkingSet, resolved: Mapping[str, ResolvedTable] | None) -> np.ndarray:
-    """Log-odds (N, T) of the sample, compressed as resolved; the fp32 model's when nothing is."""
+def score(
+    working: WorkingSet, resolved: Mapping[str, ResolvedTable] | None, head: nn.Module | None = None
+) -> np.ndarray:
+    """Log-odds (N, T) of the sample, compressed as resolved; the fp32 model's when nothing is.
+
+    `head`: another one for what is looked up than the checkpoint's own.
+    """
     model, sample = trial(working, resolved)
+    if head is not None:
+        model.head = head
     return model.score_encoded(sample)

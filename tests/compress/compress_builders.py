@@ -27,7 +27,7 @@ from compress.lookup import StoredTable, Tier, pieces_of, tier_views
 from compress.methods.codec import quantize_rows
 from compress.model import CompressedModel, model_of_checkpoint
 from compress.search.profile import TableProfile, profile_tables
-from compress.search.space import uniform_plan
+from compress.search.space import packable
 from trainer.checkpoint import Checkpoint, Position, open_checkpoint, save_checkpoint
 from trainer.config import RunConfig
 from trainer.data.dataset import Dataset, open_dataset
@@ -206,7 +206,9 @@ class World:
 
     def uniform(self, bits: int, coverage: float = 1.0) -> CompressionPlan:
         """One setting for all tables, with more bits where a dim needs them."""
-        return uniform_plan(self.dataset.transform.tables, bits, coverage)  # type: ignore[arg-type]
+        tables = self.dataset.transform.tables
+        own = {n: packable(t.embedding_dim, bits) for n, t in tables.items()}  # type: ignore[arg-type]
+        return CompressionPlan(tables={n: TablePlan(bits=b, coverage=coverage) for n, b in own.items()})
 
 
 def build_world(

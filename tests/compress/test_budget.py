@@ -249,7 +249,7 @@ def test_predicted_of_a_plan_is_the_sum_of_its_buckets(world: World, table: str)
 
 
 def test_ways_start_with_the_smallest_and_name_each_codebook(world: World) -> None:
-    users, incomes = known(world)[0]["user_id"], known(world)[0]["income"]
+    users, incomes = known(world)[1]["user_id"], known(world)[1]["income"]
     assert ways_of(users) == [Way(f, c) for f in (True, False) for c in (1, 4, 16)]
     assert ways_of(incomes) == [Way(True, 1), Way(False, 1)]
 
