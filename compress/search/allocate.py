@@ -1,8 +1,8 @@
 """A byte budget becomes a choice for every bucket of every table: pure functions of bytes and predicted losses.
 
 `allocate` is for tiers: within a table the options may only fall with rank, so that every tier is one prefix cut. Under
-one Lagrange multiplier a dynamic program solves each table exactly; bisection finds the multiplier that meets the
-budget, and what the lower convex hull leaves unspent goes to the best single moves. `knapsack` is for one option a
+one Lagrange multiplier a dynamic program solves each table exactly; a search by ratio finds the multiplier that meets
+the budget, and what the lower convex hull leaves unspent goes to the best single moves. `knapsack` is for one option a
 table: there the hull misses the budget by whole tables, so it is solved exactly.
 
 Legend: T tables, E buckets in order of rank, B options in order of rising bits, S states of the knapsack.
@@ -82,12 +82,12 @@ def allocate(tables: Sequence[Options], budget_bytes: int) -> Allocation:
     _check_floor(tables, grid.table_bytes(floor_TE), budget_bytes)
     best_TE, multiplier = grid.lagrange(0.0), 0.0
     if int(grid.table_bytes(best_TE).sum()) > budget_bytes:
-        best_TE, multiplier = _bisect(grid, floor_TE, budget_bytes)
+        best_TE, multiplier = _search(grid, floor_TE, budget_bytes)
         grid.fill(best_TE, budget_bytes)
     return grid.allocation(best_TE, multiplier)
 
 
-def _bisect(grid: _Grid, floor_TE: np.ndarray, budget_bytes: int) -> tuple[np.ndarray, float]:
+def _search(grid: _Grid, floor_TE: np.ndarray, budget_bytes: int) -> tuple[np.ndarray, float]:
     """The plan of the smallest multiplier that meets the budget, and that multiplier."""
     finite = np.where(np.isfinite(grid.loss_TEB), grid.loss_TEB, np.nan)
     # a byte outweighs all losses and prices

@@ -127,6 +127,9 @@ def test_request_of_a_world_has_both_sides_and_mean_bag_lengths(world: World) ->
     genres = sample.sparse["genres"]
     assert request.each.lengths["genres"] == pytest.approx(len(genres.values) / len(genres))
     assert (request.once.weighted, request.each.weighted) == (False, True)
+    whole = request_of(transform, sample, 50, shared=False)
+    assert whole.once is None
+    assert set(whole.each.lengths) == set(transform.sparse)
 
 
 # -- calibration -------------------------------------------------------------------------------------------------------
