@@ -20,7 +20,7 @@ from compress.methods.calibrate import Calibration, calibrate
 from compress.methods.dense import DensePlan, simplify
 from compress.methods.gradual import on_the_way
 from compress.model import score_split
-from compress.onnx_head import head_of
+from compress.onnx_head import OnnxHead, head_of
 from compress.search.budget import CODEBOOKS, parse_budget, plan_for_budget
 from compress.search.latency import HeadTimes, Latency, calibrate_machine, request_of
 from compress.search.methods_table import methods_table
@@ -176,10 +176,11 @@ def price_time(
     """What this machine takes for a request of this model, and what a millisecond must gain. Takes some seconds."""
     progress("time lookups", 0, 1)
     asked = spread_rows(dataset, "val", ASKED_ROWS)
-    request = request_of(dataset.transform, asked.encoded)
     head = head_of(checkpoint.run, dataset.transform, checkpoint.dense_state())
+    foreign = isinstance(head, OnnxHead)
+    request = request_of(dataset.transform, asked.encoded, shared=not foreign)
     times = HeadTimes(sides_of(dataset.transform), request)
-    head_ms = times.ms(DensePlan(), lambda: simplify(head))
+    head_ms = times.ms(DensePlan(), lambda: head if foreign else simplify(head))
     working = extract(checkpoint, dataset.transform, profiles, asked)
     nats = NE_PER_MS * float(log_losses(working.labels, score(working, None)).mean())
     costs = calibrate_machine()

@@ -34,7 +34,6 @@ from compress.dense import Sides, make_runtime
 from compress.lookup import Lookup, StoredTable, Tier, pieces_of, tier_views
 from compress.methods.codec import quantize_rows, row_bytes
 from compress.methods.dense import DensePlan
-from compress.onnx_head import OnnxHead
 from trainer.data.batch import feature_of, to_batch
 from trainer.data.encoded import Encoded
 from trainer.data.schema import Config
@@ -208,8 +207,11 @@ def work_of(
     return work
 
 
-def request_of(transform: Transform, sample: Encoded, candidates: int = CANDIDATES) -> Request:
-    """How a model of this data is asked, with the mean bag lengths of a sample."""
+def request_of(transform: Transform, sample: Encoded, candidates: int = CANDIDATES, shared: bool = True) -> Request:
+    """How a model of this data is asked, with the mean bag lengths of a sample.
+
+    `shared`: whether its head can take a request's part once; an OnnxHead cannot.
+    """
     sparse = to_batch(sample).sparse
     means = sparse.lengths().view(len(sparse.keys()), -1).float().mean(1).tolist()
     lengths = dict(zip(sparse.keys(), means, strict=True))
@@ -219,7 +221,7 @@ def request_of(transform: Transform, sample: Encoded, candidates: int = CANDIDAT
         return Workload({name: lengths[name] for name in lookups_of(part, list(part.sparse))}, weighted)
 
     once, each = side(request_transform(transform)), side(item_transform(transform))
-    if not once.lengths or not each.lengths:
+    if not shared or not once.lengths or not each.lengths:
         return Request(None, side(transform), candidates)
     return Request(once, each, candidates)
 
@@ -240,7 +242,7 @@ class HeadTimes:
 
     def _measured(self, head: nn.Module, plan: DensePlan) -> float:
         request_dense, request_looked_up, item_dense, item_looked_up = self.sides.example(self.request.candidates)
-        if self.request.once is not None and not isinstance(head, OnnxHead):
+        if self.request.once is not None:
             run = partial(
                 make_runtime(head, self.sides, plan).rank, request_dense, request_looked_up, item_dense, item_looked_up
             )

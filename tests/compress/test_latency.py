@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +14,15 @@ import torch
 from compress_builders import World, quiet
 from pydantic import ValidationError
 
+from compress import pipeline
+from compress.artifact import load_artifact
 from compress.compressor import resolve, table_bytes
 from compress.dense import sides_of
 from compress.errors import PlanError
 from compress.lookup import StoredTable, Tier
 from compress.methods.dense import DensePlan, simplify
 from compress.onnx_head import head_of
+from compress.pipeline import compress_checkpoint
 from compress.search import budget
 from compress.search.allocate import Options, allocate
 from compress.search.budget import CODEBOOKS, Budgeted, plan_for_budget
@@ -123,6 +127,9 @@ def test_request_of_a_world_has_both_sides_and_mean_bag_lengths(world: World) ->
     genres = sample.sparse["genres"]
     assert request.each.lengths["genres"] == pytest.approx(len(genres.values) / len(genres))
     assert (request.once.weighted, request.each.weighted) == (False, True)
+    whole = request_of(transform, sample, 50, shared=False)
+    assert whole.once is None
+    assert set(whole.each.lengths) == set(transform.sparse)
 
 
 # -- calibration -------------------------------------------------------------------------------------------------------
@@ -226,6 +233,13 @@ def known(world: World) -> tuple[dict[str, TableProfile], dict[str, Predicted]]:
     return profiles, predict(world.checkpoint, profiles, fisher, world.dataset.rows("train"), quiet)
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer rounds of fitting: what is compared is the same, only further from the last byte."""
+    for rounds, few in (("ROUNDS", 2), ("PRICE_ROUNDS", 1), ("MS_ROUNDS", 3)):
+        monkeypatch.setattr(budget, rounds, few)
+
+
 def latency_of(world: World, nats_per_ms: float, max_ms: float | None = None) -> Latency:
     request = request_of(world.dataset.transform, spread_rows(world.dataset, "val", 100).encoded)
     return Latency(request, COSTS, 1.0, nats_per_ms, max_ms)
@@ -241,6 +255,7 @@ def tiers_of(world: World, found: Budgeted) -> Mapping[str, int]:
     return {n: len(r.stored.tiers) for n, r in resolve(found.plan, known(world)[0]).items()}
 
 
+@pytest.mark.usefixtures("quick")
 def test_time_that_costs_nothing_changes_no_plan(world: World) -> None:
     free, plain = planned(world, 0.0), planned(world, None)
     assert free.plan == plain.plan
@@ -248,6 +263,7 @@ def test_time_that_costs_nothing_changes_no_plan(world: World) -> None:
     assert plain.ms is None
 
 
+@pytest.mark.usefixtures("quick")
 def test_dearer_time_gives_fewer_tiers_and_less_time_at_more_loss(world: World) -> None:
     found = [planned(world, rate) for rate in (0.0, 0.003, 10.0)]
     counts = [sum(tiers_of(world, each).values()) for each in found]
@@ -260,11 +276,11 @@ def test_dearer_time_gives_fewer_tiers_and_less_time_at_more_loss(world: World) 
     assert all(table_bytes(resolve(each.plan, known(world)[0])) == each.bytes <= BUDGET for each in found)
 
 
-def test_limit_of_time_holds_and_costs_no_more_than_it_must(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("quick")
+def test_limit_of_time_holds_and_costs_no_more_than_it_must(world: World) -> None:
     slow, fast = (planned(world, rate).ms for rate in (0.0, 10.0))
     assert slow is not None
     assert fast is not None
-    monkeypatch.setattr(budget, "MS_ROUNDS", 3)
     limit = (slow + fast) / 2
     held = planned(world, 0.0, limit)
     assert held.ms is not None
@@ -272,12 +288,30 @@ def test_limit_of_time_holds_and_costs_no_more_than_it_must(world: World, monkey
     assert planned(world, 0.0).loss <= held.loss < planned(world, 10.0).loss
 
 
+@pytest.mark.usefixtures("quick")
 def test_limit_that_no_plan_keeps_is_refused_with_the_floor(world: World) -> None:
     fast = planned(world, 10.0).ms
     assert fast is not None
     with pytest.raises(PlanError, match=rf"max-ms 0.5: .*500 candidates .*{fast:.3g} ms, 1 of them in the dense part"):
         planned(world, 10.0, 0.5)
     assert planned(world, 10.0, fast).ms == fast
+
+
+def test_limit_of_time_without_a_budget_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"max-ms 3: .*--budget"):
+        compress_checkpoint(tmp_path, tmp_path, None, tmp_path / "out", "test", quiet, None, 3.0)
+
+
+@pytest.mark.usefixtures("quick")
+def test_compress_says_what_time_was_predicted(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "calibrate_machine", lambda: COSTS)
+    told = compress_checkpoint(
+        world.checkpoint.folder, world.dataset.folder, None, tmp_path / "out", "test", quiet, str(BUDGET), 1000.0
+    )
+    latency = told["latency"]
+    assert (latency["max_ms"], latency["candidates"]) == (1000.0, 500)
+    assert latency["predicted_ms"] > latency["head_ms"] > 0
+    assert load_artifact(tmp_path / "out").manifest["metrics"]["latency"] == latency
 
 
 def test_one_more_tier_costs_a_users_table_less_than_an_items(world: World) -> None:
