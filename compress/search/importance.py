@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +17,6 @@ from compress.search.objective import pareto
 TOP = 0.2  # the share of trials that PED-ANOVA compares with all of them
 ENOUGH_TRIALS = 16  # with fewer, the top fifth is three trials or less: no importance is told
 FEW_VALUES = 8  # numbers of so few values are choices
-LOG_RATIO = 100  # values further apart than this are compared by their logarithms
 SHUFFLES = 19  # a knob without effect beats them all one time in twenty
 
 Params = Mapping[str, Any]
@@ -77,16 +77,25 @@ def numeric(values: Sequence[Any]) -> bool:
     return all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
 
 
+def is_choice(values: Sequence[Any]) -> bool:
+    """Whether a knob's values are words, or numbers of which there are only a few."""
+    return not numeric(values) or len(set(values)) <= FEW_VALUES
+
+
 def spread_out(values: Sequence[float]) -> bool:
-    """Whether numbers are better compared by their logarithms."""
-    return min(values) > 0 and max(values) / min(values) > LOG_RATIO
+    """Whether numbers are better compared by their logarithms: their median is nearer to the middle there."""
+    low, middle, high = min(values), statistics.median(values), max(values)
+    if low <= 0 or low == high:
+        return False
+    linear = abs(2 * middle - low - high) / (high - low)
+    return abs(2 * math.log(middle) - math.log(low * high)) / math.log(high / low) < linear
 
 
 def _distribution(values: Sequence[Any]) -> Any:
     """What Optuna would have drawn such values from."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-    if not numeric(values) or len(set(values)) <= FEW_VALUES:
+    if is_choice(values):
         return CategoricalDistribution(sorted({str(v) for v in values}))
     return FloatDistribution(float(min(values)), float(max(values)), log=spread_out(values))
 
@@ -100,7 +109,9 @@ def _ped_anova(trials: Sequence[Params], layers: Sequence[int], spaces: Mapping[
     study = optuna.create_study()
     for params, layer in zip(trials, layers, strict=True):
         here = {knob: space for knob, space in spaces.items() if knob in params}
-        drawn = {k: str(params[k]) if isinstance(s, CategoricalDistribution) else float(params[k]) for k, s in here.items()}
+        drawn = {
+            k: str(params[k]) if isinstance(s, CategoricalDistribution) else float(params[k]) for k, s in here.items()
+        }
         study.add_trial(optuna.trial.create_trial(params=drawn, distributions=here, value=float(layer)))
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=TOP)
     with warnings.catch_warnings():

@@ -41,7 +41,7 @@ class Part(BaseModel):
 
 
 class Quality(Part):
-    """Loss of quality against the fp32 model on the same rows. Units: shares; 1e-3 of delta NE is a tenth of a percent."""
+    """Loss of quality against the fp32 model on the same rows. Units: shares; .001 of NE is a tenth of a percent."""
 
     delta_ne: Number = None
     delta_ne_upper: Number = None

@@ -7,92 +7,29 @@ are escaped here, as plotly reads some HTML in labels.
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import plotly.graph_objects as go
 
 from compress.search import report_words as words
-from compress.search.importance import numeric, spread_out, varying
+from compress.search.importance import varying
 from compress.search.report import Point, Quality, Report, Table
+from compress.search.report_axes import (
+    SignedLog,
+    bytes_ticks,
+    escaped,
+    hover,
+    knob_axis,
+    power_of_ten,
+    quality_lines,
+    tick_percent,
+    whiskers,
+)
 
 MAX_AXES = 8  # of knobs in parallel coordinates: more cannot be read
 ROW_PX = 22
 BIT_COLORS = {32: "var(--b16)", 16: "var(--b16)", 8: "var(--b8)", 4: "var(--b4)", 2: "var(--b2)", 0: "var(--centroid)"}
 SCALE = [[0.0, "var(--scale-low)"], [0.5, "var(--scale-mid)"], [1.0, "var(--scale-high)"]]
-
-
-class SignedLog:
-    """A scale that is linear up to `knee` on both sides of 0 and logarithmic beyond: for losses that may be negative.
-
-    Values become sign * log10(1 + |value| / knee).
-    """
-
-    def __init__(self, knee: float) -> None:
-        self.knee = knee
-
-    def at(self, value: float | None) -> float | None:
-        """Where a value lies on the axis."""
-        return None if value is None else math.copysign(math.log10(1 + abs(value) / self.knee), value)
-
-    def ticks(self, values: Sequence[float]) -> list[float]:
-        """Values to mark: 0, and powers of ten from the knee on that reach beyond all `values`."""
-        found = [0.0]
-        for sign in (-1, 1):
-            reach = max((sign * v for v in values), default=0.0)
-            step = self.knee
-            while reach > step / 3:
-                found.append(sign * step)
-                step *= 10
-        return sorted(found)
-
-    def axis(self, values: Sequence[float], text: Any) -> dict[str, Any]:
-        """Ticks of a plotly axis that covers the values."""
-        ticks = self.ticks(values)
-        room = [min([*ticks, *values]), max([*ticks, *values])]
-        low, high = (self.at(v) or 0.0 for v in room)
-        margin = 0.06 * (high - low or 1.0)
-        return {
-            "tickvals": [self.at(t) for t in ticks],
-            "ticktext": [text(t) for t in ticks],
-            "range": [low - margin, high + margin],
-        }
-
-
-def power_of_ten(value: float) -> float:
-    """The largest power of ten that is not above a positive value."""
-    return 10.0 ** math.floor(math.log10(value) + 1e-9)
-
-
-def escaped(text: str, width: int = 28) -> str:
-    """A stranger's name as a label of plotly: shortened, nothing of it read as HTML."""
-    return html.escape(words.shown(text, width))
-
-
-def tick_percent(value: float) -> str:
-    """A tick of delta NE: +0.1%."""
-    return "0" if value == 0 else f"{100 * value:+g}%"
-
-
-def hover(title: str, *lines: str) -> str:
-    """The box beside a point."""
-    return "<br>".join([f"<b>{title}</b>", *lines])
-
-
-def quality_lines(quality: Quality) -> list[str]:
-    """Quality in the box beside a point."""
-    lines = [f"delta NE {words.percent(quality.delta_ne, 4)}, bound {words.percent(quality.delta_ne_upper, 4)}"]
-    return [*lines, f"delta AUC {words.points(quality.delta_auc)}, overlap {words.share(quality.overlap)}"]
-
-
-def whiskers(scale: SignedLog, parts: Sequence[Quality]) -> dict[str, Any]:
-    """Error bars from delta NE up to its bound."""
-    reach = []
-    for part in parts:
-        low, high = scale.at(part.delta_ne), scale.at(part.delta_ne_upper)
-        reach.append(0.0 if low is None or high is None else max(high - low, 0.0))
-    return {"type": "data", "symmetric": False, "array": reach, "arrayminus": [0.0] * len(reach), "thickness": 1.2}
 
 
 # -- the front --------------------------------------------------------------------------------------------------------
@@ -110,7 +47,7 @@ def front_chart(report: Report) -> go.Figure | None:
     _add_budget(figure, report, scale)
     figure.update_layout(
         height=480,
-        xaxis={"title": "tables, bytes as stored (log scale)", "type": "log", "tickformat": "~s", "ticksuffix": "B"},
+        xaxis={"title": "tables, bytes as stored (log scale)", "type": "log", **bytes_ticks(_sizes(report))},
         yaxis={"title": "delta NE (signed log scale)", **scale.axis(_losses(report), tick_percent)},
     )
     return figure
@@ -128,10 +65,16 @@ def latency_chart(report: Report) -> go.Figure | None:
     losses = [q.delta_ne for q in (*report.finished, *(p.quality for p in report.front)) if q.delta_ne is not None]
     figure.update_layout(
         height=400,
-        xaxis={"title": "500 candidates, ms", "ticksuffix": " ms", "rangemode": "tozero"},
+        xaxis={"title": "500 candidates, ms", "rangemode": "tozero"},
         yaxis={"title": "delta NE (signed log scale)", **scale.axis(losses, tick_percent)},
     )
     return figure
+
+
+def _sizes(report: Report) -> list[float]:
+    """All that the axis of bytes must cover."""
+    places = [*(p.table_bytes for p in (*report.front, *report.finished)), *(p.all_bytes for p in report.peers)]
+    return [x for x in places if x] or [1.0]
 
 
 def _losses(report: Report) -> list[float]:
@@ -161,7 +104,9 @@ def _add_trials(figure: go.Figure, report: Report, scale: SignedLog, across: str
 
 def _add_front(figure: go.Figure, report: Report, scale: SignedLog, across: str) -> None:
     """The front, its colour the third objective; a ring around the choice."""
-    points = [p for p in report.front if p.quality.delta_ne is not None and (across == "bytes" or p.best_ms is not None)]
+    points = [
+        p for p in report.front if p.quality.delta_ne is not None and (across == "bytes" or p.best_ms is not None)
+    ]
     places = [p.table_bytes if across == "bytes" else p.best_ms for p in points]
     colors = [p.best_ms if across == "bytes" else (p.table_bytes or 0) / 1e6 for p in points]
     known = all(c is not None for c in colors)
@@ -172,7 +117,7 @@ def _add_front(figure: go.Figure, report: Report, scale: SignedLog, across: str)
         y=[scale.at(p.quality.delta_ne) for p in points],
         error_y={**whiskers(scale, [p.quality for p in points]), "color": "var(--muted)", "width": 3},
         mode="lines+markers" if across == "bytes" else "markers",
-        name="front, whisker to the bound",
+        name="front",
         line={"color": "var(--muted)", "width": 1},
         marker={"size": 11, "line": {"width": 1, "color": "var(--ink)"}, **painted},
         hovertext=[_front_hover(report, p) for p in points],
@@ -183,12 +128,9 @@ def _add_front(figure: go.Figure, report: Report, scale: SignedLog, across: str)
         figure.add_scatter(
             x=[chosen.table_bytes if across == "bytes" else chosen.best_ms],
             y=[scale.at(chosen.quality.delta_ne)],
-            mode="markers+text",
-            text=["<b>chosen</b>"],
-            textposition="bottom left",
+            mode="markers",
             name="chosen",
             marker={"size": 20, "symbol": "circle-open", "color": "var(--warm)", "line": {"width": 3}},
-            textfont={"color": "var(--warm)"},
             hoverinfo="skip",
         )
 
@@ -198,7 +140,7 @@ def _front_hover(report: Report, point: Point) -> str:
     lines = [f"{words.bytes_of(point.table_bytes)}, {words.of_fp32(report, point.table_bytes)} of fp32"]
     if point.best_ms is not None:
         lines.append(f"{words.milliseconds(point.best_ms)} of 500 candidates, {kind}")
-    asked = [f"{escaped(k)} {html.escape(words.knob_value(v))}" for k, v in point.params.items()]
+    asked = [f"{escaped(k)} {html.escape(words.knob_value(v), quote=False)}" for k, v in point.params.items()]
     return hover(words.plan_name(point), *lines, *quality_lines(point.quality), *asked)
 
 
@@ -211,7 +153,7 @@ def _add_peers(figure: go.Figure, report: Report, scale: SignedLog) -> None:
         x=[p.all_bytes for p in some],
         y=[scale.at(p.delta_ne) for p in some],
         mode="markers+text",
-        name="other libraries, with id maps",
+        name="other libraries",
         text=[escaped(p.name) for p in some],
         textposition=sides,
         textfont={"size": 11, "color": "var(--muted)"},
@@ -227,14 +169,14 @@ def _add_budget(figure: go.Figure, report: Report, scale: SignedLog) -> None:
         return
     line = {"color": "var(--warm)", "width": 1.5, "dash": "dash"}
     text = {"text": f"budget {words.percent(report.budget)}", "font": {"color": "var(--warm)", "size": 11}}
-    figure.add_hline(y=scale.at(report.budget), line=line, annotation=text, annotation_position="top left")
+    figure.add_hline(y=scale.at(report.budget), line=line, annotation=text, annotation_position="top right")
 
 
 # -- the gate ---------------------------------------------------------------------------------------------------------
 
 
 def gate_chart(report: Report) -> go.Figure | None:
-    """Delta NE of the choice and its bound on each sample and task, and the bounds of plans refused, against the budget."""
+    """Delta NE of the choice and its bound by sample and task, and the bounds of refused plans, against the budget."""
     gate, point = report.gate, report.chosen
     if gate is None or gate.delta_ne is None:
         return None
@@ -247,7 +189,9 @@ def gate_chart(report: Report) -> go.Figure | None:
     for refused in gate.refused:
         known = 0 <= refused.index < len(report.front)
         name = f"{words.plan_name(report.front[refused.index])}, refused" if known else "refused"
-        rows.append((name, Quality(delta_ne=refused.delta_ne_upper, delta_ne_upper=refused.delta_ne_upper), "var(--warm)"))
+        rows.append(
+            (name, Quality(delta_ne=refused.delta_ne_upper, delta_ne_upper=refused.delta_ne_upper), "var(--warm)")
+        )
     rows = [row for row in rows if row[1].delta_ne is not None][::-1]
     figure = go.Figure(
         go.Scatter(
@@ -270,13 +214,18 @@ def gate_chart(report: Report) -> go.Figure | None:
     if gate.budget is not None:
         line = {"color": "var(--warm)", "width": 1.5, "dash": "dash"}
         text = {"text": f"budget {words.percent(gate.budget)}", "font": {"color": "var(--warm)", "size": 11}}
-        figure.add_vline(x=100 * gate.budget, line=line, annotation=text, annotation_position="top left")
+        figure.add_vline(x=100 * gate.budget, line=line, annotation=text, annotation_position="top")
     figure.update_layout(
         height=110 + 30 * len(rows),
         showlegend=False,
         margin={"t": 28},
         xaxis={"title": "delta NE, % of fp32's NE", "ticksuffix": "%", "zeroline": True, "rangemode": "tozero"},
-        yaxis={"tickvals": list(range(len(rows))), "ticktext": [name for name, *_ in rows], "showgrid": False},
+        yaxis={
+            "tickvals": list(range(len(rows))),
+            "ticktext": [name for name, *_ in rows],
+            "showgrid": False,
+            "zeroline": False,
+        },
     )
     return figure
 
@@ -288,10 +237,12 @@ def rows_chart(report: Report) -> go.Figure | None:
     """What became of each table's rows: the share at each number of bits, on a centroid, and forgotten."""
     tables = report.tables
     parts = [(f"{bits} bits", BIT_COLORS.get(bits, "var(--b8)"), _rows_at(tables, bits)) for bits in _bits_of(tables)]
-    parts.append(("a centroid's row", "var(--centroid)", [t.centroid_rows for _, t in tables]))
+    parts.append(("centroid", "var(--centroid)", [t.centroid_rows for _, t in tables]))
     parts.append(("forgotten", "var(--forgotten)", [t.forgotten_rows for _, t in tables]))
     whole = [max(sum(column), 1) for column in zip(*(p[2] for p in parts), strict=True)]
-    shares = [(name, color, [100 * n / total for n, total in zip(count, whole, strict=True)]) for name, color, count in parts]
+    shares = [
+        (name, color, [100 * n / total for n, total in zip(count, whole, strict=True)]) for name, color, count in parts
+    ]
     return _bars(report, shares, "rows, % of the table", "%")
 
 
@@ -336,18 +287,26 @@ def _bars(report: Report, parts: Sequence[tuple[str, str, list[float]]], title: 
     for name, color, values in parts:
         if any(values):
             figure.add_bar(
-                x=values, y=places, orientation="h", name=name, marker={"color": color}, hovertext=text, hoverinfo="text"
+                x=values,
+                y=places,
+                orientation="h",
+                name=name,
+                marker={"color": color},
+                hovertext=text,
+                hoverinfo="text",
             )
     figure.update_layout(
         barmode="stack",
         bargap=0.25,
         height=120 + ROW_PX * max(len(tables), 2),
         legend={"traceorder": "normal"},
+        margin={"t": 52},
         xaxis={"title": title, "ticksuffix": suffix, "nticks": 5},
         yaxis={
             "tickvals": places,
             "ticktext": [escaped(name, 20) for name, _ in tables],
             "showgrid": False,
+            "zeroline": False,
             "range": [-0.6, len(tables) - 0.4],
         },
     )
@@ -422,7 +381,12 @@ def importance_chart(report: Report) -> go.Figure | None:
         showlegend=False,
         margin={"r": 40},
         xaxis={"visible": False},
-        yaxis={"tickvals": list(range(len(rows))), "ticktext": [escaped(k) for k, _ in rows], "showgrid": False},
+        yaxis={
+            "tickvals": list(range(len(rows))),
+            "ticktext": [escaped(k) for k, _ in rows],
+            "showgrid": False,
+            "zeroline": False,
+        },
     )
     return figure
 
@@ -438,30 +402,15 @@ def parallel_chart(report: Report) -> go.Figure | None:
     scale = SignedLog(power_of_ten(report.budget or 1e-3) / 10)
     losses = [t.delta_ne or 0.0 for t in trials]
     axis = scale.axis(losses, tick_percent)
-    dimensions = [_knob_axis(knob, [params[knob] for params in asked]) for knob in knobs]
-    dimensions.append(_knob_axis("tables, MB", [(t.table_bytes or 0.0) / 1e6 for t in trials]))
+    dimensions = [knob_axis(knob, [params[knob] for params in asked]) for knob in knobs]
+    dimensions.append(knob_axis("tables, MB", [(t.table_bytes or 0.0) / 1e6 for t in trials]))
     if all(t.ms is not None for t in trials):
-        dimensions.append(_knob_axis("ms", [t.ms for t in trials]))
+        dimensions.append(knob_axis("ms", [t.ms for t in trials]))
     placed = [scale.at(v) for v in losses]
     dimensions.append({"label": "delta NE", "values": placed, **axis})
     line = {"color": placed, "colorscale": SCALE, "showscale": False}
-    figure = go.Figure(go.Parcoords(dimensions=dimensions, line=line, labelangle=-20, unselected={"line": {"opacity": 0.08}}))
+    figure = go.Figure(
+        go.Parcoords(dimensions=dimensions, line=line, labelangle=-20, unselected={"line": {"opacity": 0.08}})
+    )
     figure.update_layout(height=430, margin={"t": 90, "l": 60, "r": 60, "b": 24})
     return figure
-
-
-def _knob_axis(name: str, values: Sequence[Any]) -> dict[str, Any]:
-    """One axis of parallel coordinates: numbers as they are or by their logarithms, anything else as steps."""
-    label = escaped(name, 18)
-    if not numeric(values):
-        steps = sorted({str(v) for v in values})
-        places = [steps.index(str(v)) for v in values]
-        return {"label": label, "values": places, "tickvals": list(range(len(steps))), "ticktext": [escaped(s, 14) for s in steps]}
-    low, high = min(values), max(values)
-    if not spread_out(values) and not (low > 0 and high / low > 20):
-        return {"label": label, "values": list(values)}
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    marks = [m * 10.0**e for e in range(first, last + 1) for m in (1, 3) if low <= m * 10.0**e <= high]
-    marks = sorted({low, high, *marks})
-    ticks = {"tickvals": [math.log10(m) for m in marks], "ticktext": [f"{m:.3g}" for m in marks]}
-    return {"label": label, "values": [math.log10(v) for v in values], **ticks}

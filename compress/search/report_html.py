@@ -2,7 +2,8 @@
 
 The page is page/report.html (jinja2, which escapes all it is given), page/report.css and page/report.js. It holds
 plotly's own script, packed (2.0 MB in place of 4.8; the browser unpacks it), and says by its Content-Security-Policy
-that nothing may be fetched and no other script may run, whatever the names in a log hold.
+that nothing may be fetched and no script but those two may run, whatever the names in a log hold; 'unsafe-eval' is for
+plotly, which compiles its WebGL calls for parallel coordinates.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ def page(report: Report) -> str:
     drawn = {name: figure.to_plotly_json() for name, figure in figures.items() if figure is not None}
     for figure in drawn.values():
         figure["layout"].pop("template", None)  # page/report.js has the theme
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.globals |= {"w": words}
     template = environment.from_string((PAGE_FILES / "report.html").read_text(encoding="utf-8"))
     return template.render(
@@ -91,7 +94,7 @@ def _hash(script: str) -> str:
 
 
 def cards(report: Report) -> list[tuple[str, str, str]]:
-    """The figures at the head of the page: (what, figure, what it compares with); of the gate's rows where it was asked."""
+    """The figures at the head of the page: (what, figure, what it compares with); the gate's where it was asked."""
     point = report.chosen
     if point is None:
         return []
@@ -104,8 +107,8 @@ def cards(report: Report) -> list[tuple[str, str, str]]:
         ("Delta AUC", words.points(quality.delta_auc), f"bound {words.points(quality.delta_auc_lower)}"),
     ]
     if point.best_ms is not None:
-        beside = "" if fp32.ms is None else f", fp32 {words.milliseconds(fp32.ms)}"
-        found.append(("500 candidates", words.milliseconds(point.best_ms), timed + beside))
+        beside = "" if fp32.ms is None else f"fp32 {words.milliseconds(fp32.ms)}"
+        found.append((f"500 candidates, {timed}", words.milliseconds(point.best_ms), beside))
     if point.artifact_bytes is not None:
         found.append(("Artifact", words.bytes_of(point.artifact_bytes), f"fp32 {words.bytes_of(fp32.artifact_bytes)}"))
     if quality.overlap is not None:

@@ -1,4 +1,4 @@
-"""Figures and sentences of a search's report, the same on the page and in a terminal. Plain text: nothing is escaped."""
+"""Figures and sentences of a search's report, for the page and for a terminal. Plain text: nothing is escaped."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from compress.manifest import printable
 from compress.search.report import Gate, Peer, Point, Report, Table
 from trainer.progress import size
 
-UNKNOWN = "–"
+UNKNOWN = "-"
 
 
 def percent(value: float | None, digits: int = 3) -> str:
@@ -18,8 +18,8 @@ def percent(value: float | None, digits: int = 3) -> str:
 
 
 def share(value: float | None) -> str:
-    """A part of a whole, with two digits that count: 2.1%, 0.043%."""
-    return UNKNOWN if value is None else "0%" if value == 0 else f"{100 * value:.{3 if abs(value) >= 1 else 2}g}%"
+    """A part of a whole, in percent: 12.4%, 2.1%, 0.043%."""
+    return UNKNOWN if value is None else f"{value:.1%}" if abs(value) >= 0.1 else f"{100 * value:.2g}%"
 
 
 def points(value: float | None) -> str:

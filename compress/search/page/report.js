@@ -5,8 +5,13 @@
   const phone = matchMedia("(max-width: 640px)");
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const touch = matchMedia("(pointer: coarse)").matches;
-  const AXES = { xaxis: 0, yaxis: 0 };
+  const AXES = ["xaxis", "yaxis"];
+  const ZOOMED = ["front", "latency", "losses"];
   const PX_AN_AXIS = 92;
+
+  function webgl() {
+    return document.createElement("canvas").getContext("webgl") !== null;
+  }
 
   async function unpack() {
     const packed = Uint8Array.from(atob(document.getElementById("plotly").textContent.trim()), (c) => c.charCodeAt(0));
@@ -41,9 +46,10 @@
       hoverlabel: { bgcolor: style.getPropertyValue("--card").trim(), bordercolor: muted, font: { color: ink }, align: "left" },
       margin: { l: small ? 40 : 64, r: small ? 8 : 24, t: 12, b: 48, ...layout.margin },
       legend: { orientation: "h", x: 0, y: 1, yanchor: "bottom", font: { color: muted }, ...layout.legend },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: style.getPropertyValue("--faint").trim(), activecolor: muted },
       dragmode: touch ? false : "zoom",
     };
-    for (const name of Object.keys(AXES)) {
+    for (const name of AXES) {
       const title = layout[name]?.title?.text ?? layout[name]?.title;
       made[name] = { ...axis, ...layout[name], title: { text: title ?? "", font: { color: muted }, standoff: 8 } };
     }
@@ -66,9 +72,14 @@
     for (const [name, figure] of Object.entries(figures)) {
       const place = document.getElementById(name);
       const { data, layout } = colored(figure, "", style);
+      if (data[0].type === "parcoords" && !webgl()) {
+        place.textContent = "This chart needs WebGL, which this browser does not have or has turned off.";
+        place.style.minHeight = 0;
+        continue;
+      }
       if (data[0].type === "parcoords") place.style.minWidth = `${data[0].dimensions.length * PX_AN_AXIS}px`;
-      const config = { displaylogo: false, responsive: true, displayModeBar: touch ? false : "hover" };
-      config.modeBarButtonsToRemove = ["lasso2d", "select2d", "autoScale2d"];
+      const config = { displaylogo: false, responsive: true, displayModeBar: ZOOMED.includes(name) && !touch };
+      config.modeBarButtons = [["toImage", "zoom2d", "pan2d", "resetScale2d"]];
       Plotly.react(place, data.map(fitted), themed(layout, style), config);
     }
   }
