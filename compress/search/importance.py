@@ -35,15 +35,13 @@ def importance(trials: Sequence[tuple[Params, Values]]) -> dict[str, float]:
     knobs = varying([params for params, _ in trials])
     if len(trials) < ENOUGH_TRIALS or not knobs:
         return {}
-    asked, spaces = [params for params, _ in trials], {}
-    for knob in knobs:
-        spaces[knob] = _distribution([params[knob] for params in asked if knob in params])
+    study = _study([params for params, _ in trials], knobs)
     layers = front_numbers([values for _, values in trials])
-    raw = _ped_anova(asked, layers, spaces)
+    raw = _ped_anova(study, layers)
     shuffle, by_chance = random.Random(0), []
     for _ in range(SHUFFLES):
         shuffle.shuffle(layers)
-        by_chance.append(_ped_anova(asked, layers, spaces))
+        by_chance.append(_ped_anova(study, layers))
     above = {}
     for knob in knobs:
         chance = [found[knob] for found in by_chance]
@@ -100,20 +98,29 @@ def _distribution(values: Sequence[Any]) -> Any:
     return FloatDistribution(float(min(values)), float(max(values)), log=spread_out(values))
 
 
-def _ped_anova(trials: Sequence[Params], layers: Sequence[int], spaces: Mapping[str, Any]) -> dict[str, float]:
-    """Importance of each knob, not normalized, in reaching a low front number."""
+def _study(trials: Sequence[Params], knobs: Sequence[str]) -> Any:
+    """The trials as Optuna holds them; their results are told later."""
     import optuna
     from optuna.distributions import CategoricalDistribution
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    spaces = {knob: _distribution([params[knob] for params in trials if knob in params]) for knob in knobs}
     study = optuna.create_study()
-    for params, layer in zip(trials, layers, strict=True):
+    for params in trials:
         here = {knob: space for knob, space in spaces.items() if knob in params}
         drawn = {
-            k: str(params[k]) if isinstance(s, CategoricalDistribution) else float(params[k]) for k, s in here.items()
+            knob: str(params[knob]) if isinstance(space, CategoricalDistribution) else float(params[knob])
+            for knob, space in here.items()
         }
-        study.add_trial(optuna.trial.create_trial(params=drawn, distributions=here, value=float(layer)))
-    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=TOP)
+        study.add_trial(optuna.trial.create_trial(params=drawn, distributions=here, value=0.0))
+    return study
+
+
+def _ped_anova(study: Any, layers: Sequence[int]) -> dict[str, float]:
+    """Importance of each knob, not normalized, in reaching a low front number; trial n of the study has layers[n]."""
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
+    evaluator = PedAnovaImportanceEvaluator(target_quantile=TOP)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns of choices that few trials took, which then count for little
-        return optuna.importance.get_param_importances(study, evaluator=evaluator, normalize=False)
+        return get_param_importances(study, evaluator=evaluator, target=lambda t: layers[t.number], normalize=False)

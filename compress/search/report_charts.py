@@ -300,7 +300,7 @@ def _bars(report: Report, parts: Sequence[tuple[str, str, list[float]]], title: 
         bargap=0.25,
         height=120 + ROW_PX * max(len(tables), 2),
         legend={"traceorder": "normal"},
-        margin={"t": 52},
+        margin={"t": 72},
         xaxis={"title": title, "ticksuffix": suffix, "nticks": 5},
         yaxis={
             "tickvals": places,

@@ -100,20 +100,27 @@ def cards(report: Report) -> list[tuple[str, str, str]]:
         return []
     quality: Quality = report.gate if report.gate is not None else point.quality
     fp32 = report.search.fp32
+    bound, lower = quality.delta_ne_upper, quality.delta_auc_lower
     timed = "predicted" if point.measured_ms is None else "measured"
-    found = [
-        ("Tables", words.bytes_of(point.table_bytes), f"of {words.bytes_of(report.fp32_bytes)} in fp32"),
-        ("Delta NE", words.percent(quality.delta_ne), f"bound {words.percent(quality.delta_ne_upper)}"),
-        ("Delta AUC", words.points(quality.delta_auc), f"bound {words.points(quality.delta_auc_lower)}"),
+    found: list[tuple[str, str, str, float | None]] = [
+        (
+            "Tables",
+            words.bytes_of(point.table_bytes),
+            f"of {words.bytes_of(report.fp32_bytes)} in fp32",
+            report.fp32_bytes,
+        ),
+        ("Delta NE", words.percent(quality.delta_ne), f"bound {words.percent(bound)}", bound),
+        ("Delta AUC", words.points(quality.delta_auc), f"bound {words.points(lower)}", lower),
     ]
     if point.best_ms is not None:
-        beside = "" if fp32.ms is None else f"fp32 {words.milliseconds(fp32.ms)}"
-        found.append((f"500 candidates, {timed}", words.milliseconds(point.best_ms), beside))
+        beside = f"of 500; fp32 {words.milliseconds(fp32.ms)}"
+        found.append((f"Time, {timed}", words.milliseconds(point.best_ms), beside, fp32.ms))
     if point.artifact_bytes is not None:
-        found.append(("Artifact", words.bytes_of(point.artifact_bytes), f"fp32 {words.bytes_of(fp32.artifact_bytes)}"))
+        beside = f"fp32 {words.bytes_of(fp32.artifact_bytes)}"
+        found.append(("Artifact", words.bytes_of(point.artifact_bytes), beside, fp32.artifact_bytes))
     if quality.overlap is not None:
-        found.append(("Top-k overlap", words.share(quality.overlap), "with fp32's ranking"))
-    return [(what, figure, "" if words.UNKNOWN in beside else beside) for what, figure, beside in found]
+        found.append(("Top-k overlap", words.share(quality.overlap), "with fp32's ranking", quality.overlap))
+    return [(what, figure, "" if known is None else beside) for what, figure, beside, known in found]
 
 
 def front_rows(report: Report) -> list[dict[str, Any]]:

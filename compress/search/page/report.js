@@ -78,7 +78,7 @@
         continue;
       }
       if (data[0].type === "parcoords") place.style.minWidth = `${data[0].dimensions.length * PX_AN_AXIS}px`;
-      const config = { displaylogo: false, responsive: true, displayModeBar: ZOOMED.includes(name) && !touch };
+      const config = { displaylogo: false, responsive: true, displayModeBar: ZOOMED.includes(name) && !touch && !phone.matches };
       config.modeBarButtons = [["toImage", "zoom2d", "pan2d", "resetScale2d"]];
       Plotly.react(place, data.map(fitted), themed(layout, style), config);
     }
