@@ -17,6 +17,7 @@ import click
 from cluster.artifact_commands import artifact
 from cluster.options import FILE, FOLDER, Group, common
 from cluster.output import Progress, duration, emit
+from cluster.report_command import report
 from trainer.progress import size
 
 METRIC_WORDS = {"auc": "AUC", "ne": "NE", "log_loss": "log loss", "gauc": "GAUC", "f1": "F1"}
@@ -29,6 +30,7 @@ def main() -> None:
 
 
 main.add_command(artifact)
+main.add_command(report)
 
 
 @main.group(cls=Group)

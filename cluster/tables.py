@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import shutil
+import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
@@ -22,8 +24,49 @@ def render(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, nu
     for row in rows:
         table.add_row(*row)
     text = io.StringIO()
-    Console(file=text, width=shutil.get_terminal_size((100, 24)).columns, color_system=None).print(table)
+    Console(file=text, width=width(), color_system=None, markup=False, emoji=False, highlight=False).print(table)
     return [line.rstrip() for line in text.getvalue().splitlines()]
+
+
+def width() -> int:
+    """Columns of the terminal that stdout goes to; 100 where there is none."""
+    return shutil.get_terminal_size((100, 24)).columns
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table. `need`: those of the lowest need go into a narrow terminal first, those of need 0 always."""
+
+    need: int
+    head: str
+    cells: Sequence[str]
+    left: bool = False
+
+    @property
+    def room(self) -> int:
+        """Terminal columns it takes, with the gap before it."""
+        return 2 + max(len(text) for text in (self.head, *self.cells))
+
+
+def fitted(title: str, columns: Sequence[Column]) -> list[str]:
+    """Lines of a table, the first column to the left; columns that do not fit the terminal are left out by need.
+
+    Where those of need 0 alone do not fit, the lines are cut.
+    """
+    room, chosen = width() + 2, set()
+    for index in sorted(range(len(columns)), key=lambda i: columns[i].need):
+        if columns[index].need == 0 or columns[index].room <= room:
+            chosen.add(index)
+            room -= columns[index].room
+    kept = [column for index, column in enumerate(columns) if index in chosen]
+    lines = textwrap.wrap(title, width())
+    for row in zip(*((column.head, *column.cells) for column in kept), strict=True):
+        parts = [
+            text.ljust(column.room - 2) if column.left or column is kept[0] else text.rjust(column.room - 2)
+            for column, text in zip(kept, row, strict=True)
+        ]
+        lines.append("  ".join(parts).rstrip())
+    return [line if len(line) <= width() else f"{line[: width() - 1]}…" for line in lines]
 
 
 def front_table(result: dict[str, Any]) -> list[str]:
