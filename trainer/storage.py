@@ -97,8 +97,8 @@ class RemotePath:
         """Size in bytes of each file below, by its path relative to this one."""
         with storage_step(self, "cannot be listed"):
             found = self.filesystem.get_file_info(pafs.FileSelector(self.path, allow_not_found=True, recursive=True))
-        base = len(self.path.rstrip("/")) + 1
-        return {i.path[base:]: i.size for i in found if i.type == pafs.FileType.File}
+        base = len(self.path.strip("/")) + 1
+        return {i.path.lstrip("/")[base:]: i.size for i in found if i.type == pafs.FileType.File}
 
 
 Location = Path | RemotePath
