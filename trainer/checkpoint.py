@@ -294,18 +294,20 @@ class Checkpoint:
         return torch.empty((0, *shape[1:])) if out is None else out
 
     def table_rows(self, table: str, rows: np.ndarray) -> Tensor:
-        """Chosen rows (sorted, distinct) of a table's weight: memory is theirs, and the others are not read."""
+        """Chosen rows (distinct, in any order) of a table's weight: memory is theirs, and the others are not read."""
         key = f"tables/{table}/weight"
         out = None
+        order = np.argsort(rows, kind="stable")
+        ordered, place = rows[order], torch.from_numpy(order)
         for part in self.manifest["tensors"][key]["parts"]:
             (begin, column), (size, columns) = part["offsets"], part["sizes"]
-            low, high = np.searchsorted(rows, (begin, begin + size))
+            low, high = np.searchsorted(ordered, (begin, begin + size))
             if low == high:
                 continue
-            taken = self._file(part["file"]).take(part["name"], rows[low:high] - begin)
+            taken = self._file(part["file"]).take(part["name"], ordered[low:high] - begin)
             if out is None:
                 out = torch.empty((len(rows), self.shape(key)[1]), dtype=taken.dtype)
-            out[low:high, column : column + columns] = taken
+            out[place[low:high], column : column + columns] = taken
         return torch.empty((0, self.shape(key)[1])) if out is None else out
 
     def table_chunks(self, table: str) -> Iterator[tuple[int, Tensor]]:

@@ -14,7 +14,7 @@ import torch
 from trainer_builders import make_dataset, make_run
 
 from trainer import tensor_files
-from trainer.checkpoint import MANIFEST, Position, open_checkpoint, save_checkpoint
+from trainer.checkpoint import MANIFEST, Position, _commit, open_checkpoint, save_checkpoint, write_tensors
 from trainer.data.dataset import Dataset, open_dataset
 from trainer.data.reader import Reader
 from trainer.errors import CheckpointError, DataError, StorageError
@@ -37,18 +37,20 @@ def remote(folder: Path) -> RemotePath:
     )
 
 
+HEADER = {
+    "run": make_run().model_dump(mode="json"),
+    "fingerprint": "abc",
+    "position": vars(Position()),
+    "metrics": {"ne": 0.9},
+    "plan": {},
+    "world_size": 1,
+    "precision": {},
+    "table_dims": {},
+}
+
+
 def saved(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
-    header = {
-        "run": make_run().model_dump(mode="json"),
-        "fingerprint": "abc",
-        "position": vars(Position()),
-        "metrics": {"ne": 0.9},
-        "plan": {},
-        "world_size": 1,
-        "precision": {},
-        "table_dims": {},
-    }
-    save_checkpoint(folder, tensors, header, 0, 1)
+    save_checkpoint(folder, tensors, HEADER, 0, 1)
     return folder
 
 
@@ -185,6 +187,24 @@ def test_a_checkpoint_of_a_storage_is_verified_and_described(tmp_path: Path) -> 
     (folder / "dense.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"^test://bucket/c/dense.safetensors: altered"):
         open_checkpoint(remote(folder))
+
+
+@pytest.mark.parametrize("where", ["disk", "storage"])
+def test_rows_come_in_the_order_asked_for_whatever_parts_they_lie_in(tmp_path: Path, where: str) -> None:
+    table, told = torch.randn(90, 6), []
+    (tmp_path / "parts").mkdir()
+    for rank, (row, column) in enumerate([(0, 0), (0, 4), (50, 0), (50, 4)]):
+        values = table[row : 50 if row == 0 else 90, column : 4 if column == 0 else 6].contiguous()
+        file, name = f"rank-{rank}.safetensors", f"tables/x/weight@{row},{column}"
+        part = {"file": file, "name": name, "offsets": [row, column], "sizes": list(values.shape)}
+        entry = {"tables/x/weight": {"shape": [90, 6], "parts": [part]}}
+        told.append((entry, {file: write_tensors(tmp_path / "parts" / file, {name: values})}, None))
+    _commit(tmp_path / "parts", tmp_path / "whole", HEADER, told)
+    checkpoint = open_checkpoint(tmp_path / "whole" if where == "disk" else remote(tmp_path / "whole"))
+    rows = np.random.default_rng(0).permutation(90)[:40]
+    assert torch.equal(checkpoint.table_rows("x", rows), table[rows])
+    assert torch.equal(checkpoint.read("tables/x/weight", 30, 71), table[30:71])
+    assert checkpoint.table_rows("x", rows[:0]).shape == (0, 6)
 
 
 def test_a_run_of_a_storage_opens_its_best_checkpoint(tmp_path: Path) -> None:
