@@ -120,7 +120,8 @@ def test_compress_works_with_everything_on_s3(world: World, uris: dict[str, str]
 
 
 def test_an_altered_artifact_on_s3_is_refused(uris: dict[str, str], bucket: str, tmp_path: Path) -> None:
-    slimrank("compress", "--checkpoint", uris["checkpoint"], "--data", uris["data"], "--out", str(tmp_path / "a"))
+    words = ["--checkpoint", uris["checkpoint"], "--data", uris["data"], "--budget", "60%"]
+    slimrank("compress", *words, "--out", str(tmp_path / "a"))
     tables = bytearray((tmp_path / "a" / "tables.bin").read_bytes())
     tables[7] ^= 1
     (tmp_path / "a" / "tables.bin").write_bytes(tables)
