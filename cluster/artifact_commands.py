@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from cluster.options import FILE, FOLDER, Group, common
+from cluster.options import FILE, FOLDER, PLACE, Group, common
 from cluster.output import emit
+
+if TYPE_CHECKING:  # pyarrow is a third of a second that --help has not
+    from trainer.storage import Location
 
 
 @click.group(cls=Group)
@@ -16,9 +20,9 @@ def artifact() -> None:
 
 
 @artifact.command("show")
-@click.argument("folder", metavar="DIR", type=FOLDER)
+@click.argument("folder", metavar="DIR", type=PLACE)
 @common
-def artifact_show(folder: Path, as_json: bool, address: str | None, debug: bool) -> None:  # noqa: ARG001
+def artifact_show(folder: Location, as_json: bool, address: str | None, debug: bool) -> None:  # noqa: ARG001
     """What an artifact holds, by its manifest."""
     from cluster.artifacts import show_lines
     from compress.describe import describe_artifact
@@ -28,13 +32,13 @@ def artifact_show(folder: Path, as_json: bool, address: str | None, debug: bool)
 
 
 @artifact.command("verify")
-@click.argument("folder", metavar="DIR", type=FOLDER)
+@click.argument("folder", metavar="DIR", type=PLACE)
 @click.option(
     "--trusted-key", multiple=True, type=FILE, help="Public key (PEM) that must have signed; SLIMRANK_TRUSTED_KEY else."
 )
 @common
 def artifact_verify(
-    folder: Path,
+    folder: Location,
     trusted_key: tuple[Path, ...],
     as_json: bool,
     address: str | None,  # noqa: ARG001
@@ -49,10 +53,10 @@ def artifact_verify(
 
 
 @artifact.command("diff")
-@click.argument("first", metavar="A", type=FOLDER)
-@click.argument("second", metavar="B", type=FOLDER)
+@click.argument("first", metavar="A", type=PLACE)
+@click.argument("second", metavar="B", type=PLACE)
 @common
-def artifact_diff(first: Path, second: Path, as_json: bool, address: str | None, debug: bool) -> None:  # noqa: ARG001
+def artifact_diff(first: Location, second: Location, as_json: bool, address: str | None, debug: bool) -> None:  # noqa: ARG001
     """What changed from artifact A to B: plan, tables, sizes, metrics, lineage."""
     from cluster.artifacts import diff_lines
     from compress.describe import diff_artifacts

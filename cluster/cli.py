@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # read once when torch or Ray is first imported: two cores oversubscribe quickly
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,10 +15,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import click
 
 from cluster.artifact_commands import artifact
-from cluster.options import FILE, FOLDER, Group, common
+from cluster.options import FILE, FOLDER, PLACE, Group, common
 from cluster.output import Progress, duration, emit
 from cluster.report_command import report
 from trainer.progress import size
+
+if TYPE_CHECKING:  # pyarrow is a third of a second that --help has not
+    from trainer.storage import Location
 
 METRIC_WORDS = {"auc": "AUC", "ne": "NE", "log_loss": "log loss", "gauc": "GAUC", "f1": "F1"}
 
@@ -26,7 +29,11 @@ METRIC_WORDS = {"auc": "AUC", "ne": "NE", "log_loss": "log loss", "gauc": "GAUC"
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="slimrank")
 def main() -> None:
-    """Train a TorchRec ranker, compress it within a quality budget, and serve it."""
+    """Train a TorchRec ranker, compress it within a quality budget, and serve it.
+
+    Checkpoints, prepared data, artifacts and results lie in folders, or wherever a URI says that pyarrow can
+    resolve: s3://bucket/path, gs://..., with credentials from the environment.
+    """
 
 
 main.add_command(artifact)
@@ -78,33 +85,34 @@ def data_synth(
 @data.command("prepare")
 @click.option("--config", type=FILE, required=True, help="The run's YAML.")
 @click.option("--input", "input_override", metavar="GLOB", help="Raw log to read in place of data.input.")
-@click.option("--out", type=FOLDER, required=True, help="Folder to write the prepared data to.")
+@click.option("--out", type=PLACE, required=True, help="Folder or URI to write the prepared data to.")
 @click.option(
-    "--continue-from", type=FOLDER, metavar="PREPARED", help="Prepared before: keep its rows, append those of new ids."
+    "--continue-from", type=PLACE, metavar="PREPARED", help="Prepared before: keep its rows, append those of new ids."
 )
 @common
 def data_prepare(
     config: Path,
     input_override: str | None,
-    out: Path,
-    continue_from: Path | None,
+    out: Location,
+    continue_from: Location | None,
     as_json: bool,
     address: str | None,
     debug: bool,
 ) -> None:
     """Raw log -> prepared Parquet: splits, vocabularies, transforms, statistics."""
     from cluster.runs import load
-    from cluster.session import ray_session
+    from cluster.session import check_scratch, ray_session
     from trainer.data.log import check_log
-    from trainer.files import check_new
+    from trainer.results import check_new_place, moved, results_at
 
     run = load(config, input_override)
-    check_new(out)
+    check_new_place(out)
     check_log(run.data)
-    with ray_session(address, debug=debug):
+    with results_at(out) as folder, ray_session(address, debug=debug):
         from trainer.data.prepare import prepare
 
-        result = prepare(run, out, Progress().step, continue_from)
+        check_scratch(out)
+        result = moved(prepare(run, folder, Progress().step, continue_from), folder, out)
     tables = result["tables"]
     lines = [f"{split}: {count:,} rows" for split, count in result["rows"].items()]
     total = sum(t["num_embeddings"] for t in tables.values())
@@ -114,9 +122,7 @@ def data_prepare(
 
 @main.command()
 @click.option("--config", type=FILE, required=True, help="The run's YAML.")
-@click.option(
-    "--data", "data_dir", type=FOLDER, help="What 'data prepare' wrote; without it the log's ids are counted."
-)
+@click.option("--data", "data_dir", type=PLACE, help="What 'data prepare' wrote; without it the log's ids are counted.")
 @click.option(
     "--topology",
     "machines",
@@ -129,7 +135,7 @@ def data_prepare(
 @common
 def plan(
     config: Path,
-    data_dir: Path | None,
+    data_dir: Location | None,
     machines: str,
     rows: tuple[str, ...],
     out: Path | None,
@@ -160,37 +166,41 @@ def plan(
 
 @main.command()
 @click.option("--config", type=FILE, required=True, help="The run's YAML.")
-@click.option("--data", "data_dir", type=FOLDER, required=True, help="What 'data prepare' wrote.")
-@click.option("--out", type=FOLDER, required=True, help="Folder for checkpoints and train.json.")
+@click.option("--data", "data_dir", type=PLACE, required=True, help="What 'data prepare' wrote.")
+@click.option("--out", type=PLACE, required=True, help="Folder or URI for checkpoints and train.json.")
 @click.option("--workers", type=click.IntRange(min=1), help="Workers, in place of train.workers.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --out, or start where there is none.")
 @click.option(
     "--continue-from",
     "continue_from",
-    type=FOLDER,
+    type=PLACE,
     help="Start from this checkpoint's weights and train on --data alone (prepared with --continue-from too).",
 )
 @common
 def train(
     config: Path,
-    data_dir: Path,
-    out: Path,
+    data_dir: Location,
+    out: Location,
     workers: int | None,
     resume: bool,
-    continue_from: Path | None,
+    continue_from: Location | None,
     as_json: bool,
     address: str | None,
     debug: bool,
 ) -> None:
     """Train a ranker with Ray Train, its tables sharded across the workers."""
     from cluster.runs import load, with_workers
-    from cluster.session import ray_session
+    from cluster.session import check_scratch, ray_session
+    from trainer.results import SYNC_S, moved, results_at
 
     run = with_workers(load(config), workers)
-    with ray_session(address, debug=debug):
+    with results_at(out, resume=resume, every_s=SYNC_S) as folder, ray_session(address, debug=debug):
         from trainer.ray_train import train as run_training
 
-        result = run_training(run, data_dir, out, resume=resume, show=Progress().training, continue_from=continue_from)
+        check_scratch(out)
+        show = Progress().training
+        result = run_training(run, data_dir, folder, resume=resume, show=show, continue_from=continue_from)
+        result = moved(result, folder, out)
     emit(result, as_json, [f"best checkpoint: {result['checkpoint']}", *metric_lines(result["val"], "val")])
     if not as_json:
         emit({}, False, metric_lines(result["test"], "test"))
@@ -202,10 +212,10 @@ def checkpoint() -> None:
 
 
 @checkpoint.command("show")
-@click.argument("folder", metavar="DIR", type=FOLDER)
+@click.argument("folder", metavar="DIR", type=PLACE)
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Read every file and compare checksums.")
 @common
-def checkpoint_show(folder: Path, verify: bool, as_json: bool, address: str | None, debug: bool) -> None:  # noqa: ARG001
+def checkpoint_show(folder: Location, verify: bool, as_json: bool, address: str | None, debug: bool) -> None:  # noqa: ARG001
     """What a checkpoint (or a training run's best one) holds."""
     from cluster.tables import checkpoint_table
     from trainer.checkpoint import open_checkpoint
@@ -216,11 +226,11 @@ def checkpoint_show(folder: Path, verify: bool, as_json: bool, address: str | No
 
 
 @main.command()
-@click.option("--model", type=FOLDER, required=True, help="A checkpoint (or a training run's folder), or an artifact.")
-@click.option("--data", "data_dir", type=FOLDER, required=True, help="What 'data prepare' wrote.")
+@click.option("--model", type=PLACE, required=True, help="A checkpoint (or a training run's folder), or an artifact.")
+@click.option("--data", "data_dir", type=PLACE, required=True, help="What 'data prepare' wrote.")
 @click.option("--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True)
 @common
-def evaluate(model: Path, data_dir: Path, split: Any, as_json: bool, address: str | None, debug: bool) -> None:  # noqa: ARG001
+def evaluate(model: Location, data_dir: Location, split: Any, as_json: bool, address: str | None, debug: bool) -> None:  # noqa: ARG001
     """Quality of a checkpoint or an artifact on a prepared split, through the real lookup."""
     from compress.evaluate import evaluate as run_evaluation
     from compress.evaluate import open_model
@@ -232,8 +242,8 @@ def evaluate(model: Path, data_dir: Path, split: Any, as_json: bool, address: st
 
 
 @main.command()
-@click.option("--checkpoint", type=FOLDER, required=True, help="A checkpoint, or a training run's folder.")
-@click.option("--data", "data_dir", type=FOLDER, required=True, help="What the checkpoint was trained on.")
+@click.option("--checkpoint", type=PLACE, required=True, help="A checkpoint, or a training run's folder.")
+@click.option("--data", "data_dir", type=PLACE, required=True, help="What the checkpoint was trained on.")
 @click.option(
     "--plan", "plan_file", type=FILE, help="What to do to each table; the run's compress section by default, else INT8."
 )
@@ -249,16 +259,16 @@ def evaluate(model: Path, data_dir: Path, split: Any, as_json: bool, address: st
 @click.option(
     "--split", type=click.Choice(["val", "test"]), default="test", show_default=True, help="Where to compare."
 )
-@click.option("--out", type=FOLDER, required=True, help="Folder to write the artifact to.")
+@click.option("--out", type=PLACE, required=True, help="Folder or URI to write the artifact to.")
 @common
 def compress(
-    checkpoint: Path,
-    data_dir: Path,
+    checkpoint: Location,
+    data_dir: Location,
     plan_file: Path | None,
     budget: str | None,
     max_ms: float | None,
     split: Any,
-    out: Path,
+    out: Location,
     as_json: bool,
     address: str | None,  # noqa: ARG001
     debug: bool,  # noqa: ARG001
@@ -266,15 +276,18 @@ def compress(
     """Checkpoint + plan, or a byte budget -> artifact, compared with the checkpoint it came from."""
     from cluster.tables import losses_table
     from compress.pipeline import compress_checkpoint
+    from trainer.results import moved, results_at
 
-    result = compress_checkpoint(checkpoint, data_dir, plan_file, out, split, Progress().step, budget, max_ms)
+    with results_at(out) as folder:
+        result = compress_checkpoint(checkpoint, data_dir, plan_file, folder, split, Progress().step, budget, max_ms)
+        result = moved(result, folder, out)
     lines = [result["artifact"], *size_lines(result), f"delta AUC {result['delta_auc']:+.5f}"]
     emit(result, as_json, [*lines, *losses_table(result["by_table"])] if "by_table" in result else lines)
 
 
 @main.command()
-@click.option("--checkpoint", type=FOLDER, required=True, help="A checkpoint, or a training run's folder.")
-@click.option("--data", "data_dir", type=FOLDER, required=True, help="What the checkpoint was trained on.")
+@click.option("--checkpoint", type=PLACE, required=True, help="A checkpoint, or a training run's folder.")
+@click.option("--data", "data_dir", type=PLACE, required=True, help="What the checkpoint was trained on.")
 @click.option(
     "--split", type=click.Choice(["val", "test"]), default="test", show_default=True, help="Where to compare."
 )
@@ -284,8 +297,8 @@ def compress(
 @click.option("--out", type=FILE, help="Markdown file to write the whole table to.")
 @common
 def methods(
-    checkpoint: Path,
-    data_dir: Path,
+    checkpoint: Location,
+    data_dir: Location,
     split: Any,
     rows: int,
     out: Path | None,
@@ -306,22 +319,22 @@ def methods(
 
 
 @main.command()
-@click.option("--checkpoint", type=FOLDER, required=True, help="A checkpoint, or a training run's folder.")
-@click.option("--data", "data_dir", type=FOLDER, required=True, help="What the checkpoint was trained on.")
+@click.option("--checkpoint", type=PLACE, required=True, help="A checkpoint, or a training run's folder.")
+@click.option("--data", "data_dir", type=PLACE, required=True, help="What the checkpoint was trained on.")
 @click.option(
     "--max-delta-ne", type=click.FloatRange(min=0, min_open=True), help="Budget; .001 is a tenth of a percent."
 )
 @click.option("--trials", type=click.IntRange(min=1), help="Plans to try.")
 @click.option("--resume", is_flag=True, help="Go on with the search in --out.")
-@click.option("--out", type=FOLDER, required=True, help="Folder for trials, front and artifact.")
+@click.option("--out", type=PLACE, required=True, help="Folder or URI for trials, front and artifact.")
 @common
 def tune(
-    checkpoint: Path,
-    data_dir: Path,
+    checkpoint: Any,
+    data_dir: Any,
     max_delta_ne: float | None,
     trials: int | None,
     resume: bool,
-    out: Path,
+    out: Location,
     as_json: bool,
     address: str | None,
     debug: bool,
@@ -330,23 +343,25 @@ def tune(
     from cluster.runs import search_config
     from cluster.session import ray_session
     from cluster.tables import front_table
+    from trainer.results import SYNC_S, moved, results_at
 
     search = search_config(checkpoint, max_delta_ne, trials)
-    with ray_session(address, debug=debug):
+    with results_at(out, resume=resume, every_s=SYNC_S) as folder, ray_session(address, debug=debug):
         from compress.search.tune import tune as run_search
 
-        result = run_search(checkpoint, data_dir, out, search, resume=resume, progress=Progress().step)
+        result = run_search(checkpoint, data_dir, folder, search, resume=resume, progress=Progress().step)
+        result = moved(result, folder, out)
     emit(result, as_json, front_table(result))
 
 
 @main.command()
-@click.option("--artifact", type=FOLDER, required=True, help="What 'compress' or 'tune' wrote.")
+@click.option("--artifact", type=PLACE, required=True, help="What 'compress' or 'tune' wrote.")
 @click.option("--config", type=FILE, help="YAML with serving options (a run's serve section, or these alone).")
 @click.option("--host", help="Address to listen on; loopback by default.")
 @click.option("--port", type=click.IntRange(1, 65535), help="Port to listen on; 8000 by default.")
 @common
 def serve(
-    artifact: Path,
+    artifact: Location,
     config: Path | None,
     host: str | None,
     port: int | None,
@@ -360,11 +375,12 @@ def serve(
     from compress.artifact import load_artifact
 
     options = serve_config(artifact, config, host, port)
-    version = load_artifact(artifact).version
+    opened = load_artifact(artifact)
+    version = opened.version
     with ray_session(address, debug=debug):
         from serve.app import start, stop
 
-        url = start(artifact, options)
+        url = start(opened.folder, options)  # of a storage: the copy here
         emit({"url": url, "version": version}, as_json, [f"serving {version} at {url}", f"try it: {url}/docs"])
         try:
             wait_for_signal()
@@ -373,10 +389,10 @@ def serve(
 
 
 @main.command()
-@click.option("--artifact", type=FOLDER, required=True, help="What 'compress' or 'tune' wrote.")
+@click.option("--artifact", type=PLACE, required=True, help="What 'compress' or 'tune' wrote.")
 @click.option("--request", "request_file", type=FILE, required=True, help="The body of POST /v1/rank, as a file.")
 @common
-def rank(artifact: Path, request_file: Path, as_json: bool, address: str | None, debug: bool) -> None:  # noqa: ARG001
+def rank(artifact: Location, request_file: Path, as_json: bool, address: str | None, debug: bool) -> None:  # noqa: ARG001
     """Rank offline: the answer the server would give."""
     from cluster.tables import ranked_table
     from serve.offline import rank_file
@@ -387,9 +403,9 @@ def rank(artifact: Path, request_file: Path, as_json: bool, address: str | None,
 
 @main.command()
 @click.option("--config", type=FILE, help="A run's YAML: checks its workers, optimizer, sharding and table sizes.")
-@click.option("--data", "data_dir", type=FOLDER, help="What 'data prepare' wrote: checks memory, disk and reading.")
+@click.option("--data", "data_dir", type=PLACE, help="What 'data prepare' wrote: checks memory, disk and reading.")
 @common
-def doctor(config: Path | None, data_dir: Path | None, as_json: bool, address: str | None, debug: bool) -> None:  # noqa: ARG001
+def doctor(config: Path | None, data_dir: Location | None, as_json: bool, address: str | None, debug: bool) -> None:  # noqa: ARG001
     """Will a run work on this machine? Versions, CPU, memory, threads, ports, cluster; each finding with its fix."""
     from cluster.doctor import examine, finding_lines, summary
     from cluster.runs import load

@@ -24,6 +24,7 @@ from cluster.tables import render
 from trainer.config import RunConfig
 from trainer.errors import SlimrankError
 from trainer.progress import size
+from trainer.storage import Location
 
 Status = Literal["ok", "warn", "fail"]
 TRIPLE = {"torch": "2.13.0", "torchrec": "1.8.0", "ray": "2.60.0"}
@@ -288,7 +289,7 @@ def check_token(mode: str | None, has_token: bool, address: str | None) -> Findi
 # -- gathering -------------------------------------------------------------------------------------------------------
 
 
-def examine(run: RunConfig | None, data: Path | None, address: str | None) -> list[Finding]:
+def examine(run: RunConfig | None, data: Location | None, address: str | None) -> list[Finding]:
     """All checks on this machine; those of the run with `run`, those of its tables with sizes that can be known."""
     from trainer.machine import cores, machine_memory_bytes
 
@@ -313,7 +314,7 @@ def examine(run: RunConfig | None, data: Path | None, address: str | None) -> li
     return findings
 
 
-def examine_tables(run: RunConfig | None, data: Path | None, workers: int) -> list[Finding]:
+def examine_tables(run: RunConfig | None, data: Location | None, workers: int) -> list[Finding]:
     """Checks that need the tables' sizes: of prepared data, else of the config where it tells them."""
     import torch
 

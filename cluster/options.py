@@ -12,7 +12,34 @@ import click
 from cluster.session import quiet
 from trainer.errors import SlimrankError
 
-FOLDER = click.Path(path_type=Path, file_okay=False, resolve_path=True)
+
+class Folder(click.Path):
+    """A folder of this machine, as an absolute Path."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Refuse a URI, which would read as a relative path."""
+        if isinstance(value, str) and "://" in value:
+            self.fail(f"{value}: must be a folder of this machine, not a URI", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class Place(Folder):
+    """A folder of this machine, or the URI of one in a storage: an absolute Path, or a RemotePath."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Resolve a URI, without asking whether anything is there."""
+        if not isinstance(value, str) or "://" not in value:
+            return super().convert(value, param, ctx)
+        from trainer.storage import location
+
+        try:
+            return location(value)
+        except SlimrankError as error:
+            self.fail(str(error), param, ctx)
+
+
+FOLDER = Folder(path_type=Path, file_okay=False, resolve_path=True)
+PLACE = Place(path_type=Path, file_okay=False, resolve_path=True)
 FILE = click.Path(path_type=Path, dir_okay=False, resolve_path=True)
 
 

@@ -11,6 +11,7 @@ from compress.config import CompressionPlan, SearchConfig
 from serve.config import ServeConfig
 from trainer.config import RunConfig, TrainConfig, describe, load_run, load_yaml
 from trainer.errors import ConfigError
+from trainer.storage import Location
 
 Section = TypeVar("Section", bound=BaseModel)
 
@@ -43,7 +44,7 @@ def with_workers(run: RunConfig, workers: int | None) -> RunConfig:
     return run.model_copy(update={"train": train})
 
 
-def search_config(checkpoint: Path, max_delta_ne: float | None, trials: int | None) -> SearchConfig:
+def search_config(checkpoint: str | Location, max_delta_ne: float | None, trials: int | None) -> SearchConfig:
     """The search a checkpoint's run asks for, with what the command line changes."""
     from trainer.checkpoint import open_checkpoint
 
@@ -52,7 +53,7 @@ def search_config(checkpoint: Path, max_delta_ne: float | None, trials: int | No
     return section(SearchConfig, asked, "tune")
 
 
-def serve_config(artifact: Path, config: Path | None, host: str | None, port: int | None) -> ServeConfig:
+def serve_config(artifact: str | Location, config: Path | None, host: str | None, port: int | None) -> ServeConfig:
     """The artifact's own serving options, or a YAML's, with what the command line changes."""
     from compress.artifact import read_manifest
 

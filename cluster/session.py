@@ -13,8 +13,13 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trainer.storage import Location
 
 # said before Ray is imported or started: they are read once
 ALWAYS = {
@@ -68,6 +73,19 @@ def ray_session(address: str | None = None, *, debug: bool = False) -> Iterator[
         yield
     finally:
         ray.shutdown()
+
+
+def check_scratch(out: Location) -> None:
+    """Raises: ConfigError when results for a storage would be written into a scratch folder that workers lack."""
+    import ray
+
+    from trainer.results import SCRATCH
+
+    if not isinstance(out, Path) and not os.environ.get(SCRATCH) and sum(n["Alive"] for n in ray.nodes()) > 1:
+        raise ConfigError(
+            f"{out}: workers on several nodes write into one folder before it is copied up: set {SCRATCH} to a folder "
+            f"that all nodes share"
+        )
 
 
 def quiet() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from torchrec.distributed.planner import Topology
@@ -26,6 +25,7 @@ from trainer.models import build_ranker, module_name
 from trainer.optimizer import fuse_table_optimizer
 from trainer.progress import size
 from trainer.sharding import GLOO_BYTES_PER_MS, Planned, describe_plan, plan_tables
+from trainer.storage import Location
 
 GB = 1000**3
 UNITS = {"MB": 1000**2, "GB": GB, "TB": 1000**4, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}
@@ -223,7 +223,7 @@ def tables_of_dataset(dataset: Dataset) -> Tables:
     return Tables(tables, rows, {name: float(dataset.counts(name).sum()) / max(rows, 1) for name in tables})
 
 
-def find_tables(run: RunConfig, data: Path | None, rows: Mapping[str, int]) -> Tables | None:
+def find_tables(run: RunConfig, data: Location | None, rows: Mapping[str, int]) -> Tables | None:
     """Tables from prepared data, or from the config; None where the log's ids must be counted."""
     if data is not None:
         return with_rows(tables_of_dataset(open_dataset(data)), rows)

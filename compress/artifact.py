@@ -12,6 +12,7 @@ Every step of `load_artifact` rests only on what the steps before it have checke
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,15 +43,18 @@ from compress.errors import ArtifactError
 from compress.ids import read_ids
 from compress.layers import QUANTIZED
 from compress.lookup import map_block, pieces_of
-from compress.manifest import MANIFEST, MANIFEST_BYTES, parse_manifest, read_bounded, seal, stored_tables
+from compress.manifest import MANIFEST, MANIFEST_BYTES, SIGNATURE, parse_manifest, read_bounded, seal, stored_tables
 from compress.model import CompressedModel, build_model
 from compress.onnx_head import ONNX_HEAD, check_onnx, head_of
 from compress.signing import check_signature, configured_keys
-from compress.verified import checksum, open_regular
+from compress.verified import cache_folder, checksum, open_regular
 from trainer.config import RunConfig, parse_run
 from trainer.data.transform import Transform, flat, read_description
 from trainer.errors import SlimrankError
+from trainer.files import new_directory, sha256
 from trainer.models import build_head
+from trainer.results import download
+from trainer.storage import Location, RemotePath, location, remote_sha256, size_of, why_absent
 
 __all__ = [
     "MANIFEST",
@@ -105,20 +109,21 @@ class Artifact:
         return self.manifest["sizes"]
 
 
-def is_artifact(path: Path) -> bool:
+def is_artifact(path: str | Location) -> bool:
     """Whether a folder looks like an artifact at all."""
-    return (Path(path) / MANIFEST).is_file()
+    return (location(path) / MANIFEST).is_file()
 
 
-def read_manifest(folder: Path, trusted_keys: Sequence[Path] | None = None) -> dict[str, Any]:
+def read_manifest(folder: str | Location, trusted_keys: Sequence[Path] | None = None) -> dict[str, Any]:
     """The manifest of an artifact, its signature checked where keys are configured (see `load_artifact`).
 
     Raises: ArtifactError when there is none, no trusted key signed it, or it breaks a rule of the format.
     """
-    folder = Path(folder).absolute()
+    folder = location(folder)
     keys = configured_keys(trusted_keys)
     if not is_artifact(folder):
-        raise ArtifactError(f"{folder}: not an artifact: give the folder that 'compress' or 'tune' wrote")
+        why = why_absent(folder, MANIFEST)
+        raise ArtifactError(f"{folder}: not an artifact{why}: give the folder that 'compress' or 'tune' wrote")
     content = read_bounded(folder / MANIFEST, MANIFEST_BYTES)
     if keys:
         check_signature(folder, content, keys)
@@ -143,15 +148,19 @@ def verify_files(folder: Path, manifest: Mapping[str, Any], verify: Verify = "fu
             raise ArtifactError(f"{folder / name}: {damaged}")
 
 
-def load_artifact(folder: Path, *, verify: Verify = "known", trusted_keys: Sequence[Path] | None = None) -> Artifact:
+def load_artifact(
+    folder: str | Location, *, verify: Verify = "known", trusted_keys: Sequence[Path] | None = None
+) -> Artifact:
     """Open an artifact: signature, manifest, checksums, then the model, then its golden scores.
+
+    One in a storage is first fetched into this machine's cache (`local_copy`), from where it is mapped.
 
     `verify`: "full" hashes every byte, "known" only files that this machine has not hashed before as they are now,
     "none" leaves out checksums and golden scores (bounds are checked all the same). `trusted_keys`: PEM files of
     Ed25519 public keys, those of SLIMRANK_TRUSTED_KEY by default; where there are any, one must have signed.
     Raises: ArtifactError when it is none, is damaged, or does not score as it did when it was written.
     """
-    folder = Path(folder).absolute()
+    folder = local_copy(location(folder), trusted_keys, fresh=verify == "full")
     manifest = read_manifest(folder, trusted_keys)
     try:
         verify_files(folder, manifest, verify)
@@ -165,6 +174,55 @@ def load_artifact(folder: Path, *, verify: Verify = "known", trusted_keys: Seque
         reason = (str(error).splitlines() or ["no reason given"])[0][:300]
         raise ArtifactError(f"{folder}: cannot be loaded: {type(error).__name__}: {reason}") from None
     return artifact
+
+
+def local_copy(folder: Location, trusted_keys: Sequence[Path] | None = None, *, fresh: bool = False) -> Path:
+    """The folder itself, or of an artifact in a storage the copy in this machine's cache, fetched where there is none.
+
+    A copy is named by the artifact's version, which is a digest of all it holds, and by its signature's. `fresh`: also
+    read what lies in the storage now.
+    Raises: ArtifactError when it is none, no trusted key signed it, or a file is not what its manifest says.
+    """
+    if isinstance(folder, Path):
+        return folder
+    manifest = read_manifest(folder, trusted_keys)
+    small = {MANIFEST: read_bounded(folder / MANIFEST, MANIFEST_BYTES)}
+    if (folder / SIGNATURE).exists():
+        small[SIGNATURE] = read_bounded(folder / SIGNATURE, MANIFEST_BYTES)
+    name = f"{manifest['version']}-{hashlib.sha256(b''.join(small.values())).hexdigest()[:12]}"
+    copy = cache_folder("artifacts") / name
+    if fresh:
+        for file, expected in manifest["files"].items():
+            if remote_sha256(folder / file) != expected["sha256"]:
+                raise ArtifactError(f"{folder / file}: altered or cut short since it was written: upload it again")
+    if is_artifact(copy):
+        return copy
+    try:
+        with new_directory(copy) as staging:
+            fetch_files(folder, manifest["files"], staging)
+            for file, content in small.items():
+                (staging / file).write_bytes(content)
+    except (OSError, SlimrankError) as error:
+        if is_artifact(copy):  # another process was first
+            return copy
+        if isinstance(error, OSError):
+            raise ArtifactError(f"{copy}: {folder} cannot be kept here: {error.strerror}: free space") from None
+        raise
+    return copy
+
+
+def fetch_files(folder: RemotePath, files: Mapping[str, Mapping[str, Any]], into: Path) -> None:
+    """Copy an artifact's files down; sizes come first, so that nothing larger than promised is fetched.
+
+    Raises: ArtifactError naming the first file that is not what the manifest says.
+    """
+    for name, expected in files.items():
+        if size_of(folder / name) != expected["bytes"]:
+            raise ArtifactError(f"{folder / name}: altered or cut short since it was written: upload it again")
+    for name, expected in files.items():
+        download(folder / name, into / name)
+        if sha256(into / name) != expected["sha256"]:
+            raise ArtifactError(f"{folder / name}: altered or cut short since it was written: upload it again")
 
 
 @contextmanager

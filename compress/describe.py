@@ -12,14 +12,15 @@ from compress.errors import ArtifactError
 from compress.manifest import MANIFEST, SIGNATURE, seal, stored_tables
 from compress.signing import configured_keys, describe_signature, sign_manifest
 from trainer.files import new_directory
+from trainer.storage import Location, location
 
 
-def describe_artifact(folder: Path) -> dict[str, Any]:
+def describe_artifact(folder: str | Location) -> dict[str, Any]:
     """What the manifest of an artifact says (signature checked where keys are configured); no other file is read.
 
     Raises: ArtifactError when there is no such manifest.
     """
-    folder = Path(folder).absolute()
+    folder = location(folder)
     manifest = read_manifest(folder)
     lineage = dict(manifest["lineage"])
     return {
@@ -59,7 +60,7 @@ def _tables(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def verify_artifact(folder: Path, trusted_keys: Sequence[Path] | None = None) -> dict[str, Any]:
+def verify_artifact(folder: str | Location, trusted_keys: Sequence[Path] | None = None) -> dict[str, Any]:
     """Load an artifact with every byte hashed, and say what was checked.
 
     Raises: ArtifactError naming the first thing that is wrong.
@@ -68,7 +69,7 @@ def verify_artifact(folder: Path, trusted_keys: Sequence[Path] | None = None) ->
     files = artifact.manifest["files"]
     present = {p.name for p in artifact.folder.iterdir()} - {MANIFEST, SIGNATURE}
     return {
-        "artifact": str(artifact.folder),
+        "artifact": str(location(folder)),
         "version": artifact.version,
         "ok": True,
         "signature": describe_signature(artifact.folder),
@@ -83,7 +84,7 @@ def verify_artifact(folder: Path, trusted_keys: Sequence[Path] | None = None) ->
     }
 
 
-def diff_artifacts(first: Path, second: Path) -> dict[str, Any]:
+def diff_artifacts(first: str | Location, second: str | Location) -> dict[str, Any]:
     """What changed from one artifact to another, by the paths of their manifests: {path: [before, after]}.
 
     A value that one of them lacks is null there. Raises: ArtifactError when one of them is none.

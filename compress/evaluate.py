@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,21 +22,23 @@ from trainer.data.dataset import Dataset, SplitName
 from trainer.data.reader import Reader, concatenate
 from trainer.errors import SlimrankError
 from trainer.metrics import task_metrics
+from trainer.storage import Location, location, why_absent
 
 CHUNK_BATCHES = 64  # of SCORE_ROWS: their rows of the tables are read together
 
 
-def open_model(path: Path, dataset: Dataset) -> CompressedModel | Checkpoint:
+def open_model(path: str | Location, dataset: Dataset) -> CompressedModel | Checkpoint:
     """What scores: the model of an artifact, or a checkpoint that was trained on this data.
 
     Raises: SlimrankError when the path is neither, or was not made from this data.
     """
-    path = Path(path).absolute()
+    path = location(path)
     if is_artifact(path):
         return load_artifact(path).model
     if not (path / MANIFEST).exists() and not (path / "train.json").exists():
+        why = why_absent(path, MANIFEST)
         raise SlimrankError(
-            f"{path}: neither a checkpoint nor an artifact: give the folder that 'train' or 'tune' wrote"
+            f"{path}: neither a checkpoint nor an artifact{why}: give the folder that 'train' or 'tune' wrote"
         )
     checkpoint = open_checkpoint(path)
     data_of(checkpoint, dataset)

@@ -25,6 +25,7 @@ from compress.verified import open_regular, written_checksum
 from trainer.config import describe
 from trainer.data.transform import RESERVED_ROWS
 from trainer.files import write_text
+from trainer.storage import Location, reading
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -60,9 +61,9 @@ FILES: dict[str, FileRule] = {
 # -- bounded, strict JSON --------------------------------------------------------------------------------------------
 
 
-def read_bounded(path: Path, most: int) -> bytes:
+def read_bounded(path: Location, most: int) -> bytes:
     """All bytes of a small file. Raises: ArtifactError when it is no regular file or longer than `most` bytes."""
-    with open_regular(path) as file:
+    with reading(path), open_regular(path) if isinstance(path, Path) else path.open() as file:
         content = file.read(most + 1)
     if len(content) > most:
         raise ArtifactError(f"{path}: longer than {most:,} bytes, the most this format allows")

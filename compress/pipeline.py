@@ -34,6 +34,7 @@ from trainer.data.reader import spread_rows
 from trainer.files import check_new
 from trainer.metrics import row_losses
 from trainer.progress import ReportProgress
+from trainer.storage import Location
 
 CALIBRATION_ROWS = 400_000  # of the training split at most: a working set of them is held in memory
 MEASURED_ROWS = 50_000  # of the validation split: what each table's own loss is measured on
@@ -57,8 +58,8 @@ class Planned:
 
 
 def compress_checkpoint(
-    checkpoint_path: Path,
-    data: Path,
+    checkpoint_path: str | Location,
+    data: str | Location,
     plan_file: Path | None,
     out: Path,
     split: SplitName,
@@ -116,7 +117,11 @@ def compress_checkpoint(
 
 
 def compare_methods(
-    checkpoint_path: Path, data: Path, progress: ReportProgress, split: SplitName = "test", rows: int = 100_000
+    checkpoint_path: str | Location,
+    data: str | Location,
+    progress: ReportProgress,
+    split: SplitName = "test",
+    rows: int = 100_000,
 ) -> dict[str, Any]:
     """Every way of compressing a checkpoint's tables, side by side; returns what `methods --json` prints.
 

@@ -30,6 +30,7 @@ from compress.errors import ArtifactError
 from compress.manifest import MANIFEST, MANIFEST_BYTES, SIGNATURE, parse_json, read_bounded
 from trainer.errors import SlimrankError
 from trainer.files import write_json
+from trainer.storage import Location
 
 TRUSTED_KEY = "SLIMRANK_TRUSTED_KEY"
 CONTEXT = b"slimrank artifact manifest v1\0"  # a signature of something else is none of a manifest
@@ -102,7 +103,7 @@ def sign_manifest(folder: Path, private: Path) -> str:
     return own
 
 
-def read_signature(folder: Path) -> tuple[str, bytes]:
+def read_signature(folder: Location) -> tuple[str, bytes]:
     """Key id and signature of manifest.sig. Raises: ArtifactError when there is none or it is damaged."""
     path = folder / SIGNATURE
     stored = parse_json(read_bounded(path, SMALL_FILE), str(path))
@@ -114,7 +115,7 @@ def read_signature(folder: Path) -> tuple[str, bytes]:
         raise ArtifactError(f"{path}: not a signature of this format: sign the artifact again") from None
 
 
-def check_signature(folder: Path, manifest: bytes, keys: Sequence[Ed25519PublicKey]) -> str:
+def check_signature(folder: Location, manifest: bytes, keys: Sequence[Ed25519PublicKey]) -> str:
     """The id of the trusted key that signed these bytes of a manifest.
 
     Raises: ArtifactError when no trusted key did.
@@ -134,7 +135,7 @@ def check_signature(folder: Path, manifest: bytes, keys: Sequence[Ed25519PublicK
     return named
 
 
-def describe_signature(folder: Path) -> str | None:
+def describe_signature(folder: Location) -> str | None:
     """The key id that a manifest.sig claims, unchecked; None for an unsigned artifact."""
     try:
         return json.dumps(read_signature(folder)[0])[1:-1] if (folder / SIGNATURE).exists() else None

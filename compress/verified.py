@@ -41,12 +41,12 @@ def open_regular(path: Path) -> BufferedReader:
     return os.fdopen(file, "rb")
 
 
-def cache_folder() -> Path:
-    """Where records lie: SLIMRANK_CACHE, else XDG_CACHE_HOME/slimrank, else ~/.cache/slimrank."""
+def cache_folder(part: str = "verified") -> Path:
+    """Where a part of the cache lies: below SLIMRANK_CACHE, else XDG_CACHE_HOME/slimrank, else ~/.cache/slimrank."""
     asked = os.environ.get("SLIMRANK_CACHE")
     if asked:
-        return Path(asked) / "verified"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slimrank" / "verified"
+        return Path(asked) / part
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slimrank" / part
 
 
 def checksum(path: Path, *, full: bool) -> str:

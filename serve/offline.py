@@ -11,9 +11,10 @@ from serve.config import ServeConfig
 from serve.errors import RequestError
 from serve.ranker import Ranker
 from serve.request import parse_request, refuse_constant
+from trainer.storage import Location
 
 
-def rank_file(artifact: Path, request_file: Path) -> dict[str, Any]:
+def rank_file(artifact: str | Location, request_file: Path) -> dict[str, Any]:
     """Answer the request in a JSON file with an artifact, as `POST /v1/rank` would.
 
     Raises: SlimrankError when the artifact cannot be loaded or the request is refused, naming its field.

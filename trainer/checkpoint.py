@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -37,6 +36,8 @@ from trainer.data.transform import OOV_ROW
 from trainer.errors import CheckpointError
 from trainer.files import sha256, write_json
 from trainer.ranks import from_all, from_first
+from trainer.storage import Location, location, remote_sha256, size_of, why_absent
+from trainer.tensor_files import TensorFile, open_tensors
 
 FORMAT_VERSION = 2
 MANIFEST = "checkpoint.json"
@@ -247,16 +248,16 @@ def _write_parts(folder: Path, state: Mapping[str, Tensor | ShardedTensor], rank
 
 
 class Checkpoint:
-    """An opened checkpoint: its header, and any rows of any tensor."""
+    """An opened checkpoint: its header, and any rows of any tensor, on this machine or in a storage."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, folder: Location, manifest: dict[str, Any]) -> None:
         self.folder = folder
         self.manifest = manifest
         self.run: RunConfig = parse_run(manifest["run"], str(folder / MANIFEST))
         self.fingerprint: str = manifest["fingerprint"]
         self.metrics: dict[str, Any] = manifest["metrics"]
         self.position = Position(**manifest["position"])
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, TensorFile] = {}
 
     @property
     def version(self) -> str:
@@ -276,7 +277,7 @@ class Checkpoint:
         shape = self.shape(key)
         if not shape:
             part = self.manifest["tensors"][key]["parts"][0]
-            return self._file(part["file"]).get_tensor(part["name"])
+            return self._file(part["file"]).whole(part["name"])
         last = shape[0] if last is None else last
         out = None
         for part in self.manifest["tensors"][key]["parts"]:
@@ -284,7 +285,7 @@ class Checkpoint:
             low, high = max(first, begin), min(last, begin + size)
             if low >= high:
                 continue
-            rows = self._file(part["file"]).get_slice(part["name"])[low - begin : high - begin]
+            rows = self._file(part["file"]).rows(part["name"], low - begin, high - begin)
             if out is None:
                 out = torch.empty((last - first, *shape[1:]), dtype=rows.dtype)
             where: list[slice] = [slice(low - first, high - first)]
@@ -293,18 +294,20 @@ class Checkpoint:
         return torch.empty((0, *shape[1:])) if out is None else out
 
     def table_rows(self, table: str, rows: np.ndarray) -> Tensor:
-        """Chosen rows (sorted, distinct) of a table's weight: memory is theirs, and no page of the others is read."""
+        """Chosen rows (distinct, in any order) of a table's weight: memory is theirs, and the others are not read."""
         key = f"tables/{table}/weight"
         out = None
+        order = np.argsort(rows, kind="stable")
+        ordered, place = rows[order], torch.from_numpy(order)
         for part in self.manifest["tensors"][key]["parts"]:
             (begin, column), (size, columns) = part["offsets"], part["sizes"]
-            low, high = np.searchsorted(rows, (begin, begin + size))
+            low, high = np.searchsorted(ordered, (begin, begin + size))
             if low == high:
                 continue
-            stored = self._file(part["file"]).get_tensor(part["name"])  # mapped, not read
+            taken = self._file(part["file"]).take(part["name"], ordered[low:high] - begin)
             if out is None:
-                out = torch.empty((len(rows), self.shape(key)[1]), dtype=stored.dtype)
-            out[low:high, column : column + columns] = stored[torch.from_numpy(rows[low:high] - begin)]
+                out = torch.empty((len(rows), self.shape(key)[1]), dtype=taken.dtype)
+            out[place[low:high], column : column + columns] = taken
         return torch.empty((0, self.shape(key)[1])) if out is None else out
 
     def table_chunks(self, table: str) -> Iterator[tuple[int, Tensor]]:
@@ -352,7 +355,7 @@ class Checkpoint:
             "precision": self.manifest["precision"],
             "tables": tables,
             "dense_parameters": sum(math.prod(shape) for shape in head.values()),
-            "bytes": sum((self.folder / name).stat().st_size for name in self.manifest["files"]),
+            "bytes": sum(size_of(self.folder / name) for name in self.manifest["files"]),
             "files": self.manifest["files"],
         }
 
@@ -372,39 +375,40 @@ class Checkpoint:
             path = self.folder / name
             if not path.exists():
                 raise CheckpointError(f"{path}: missing from the checkpoint: restore it, or use another checkpoint")
-            if sha256(path) != expected:
+            if (sha256(path) if isinstance(path, Path) else remote_sha256(path)) != expected:
                 raise CheckpointError(f"{path}: altered since it was written: use another checkpoint")
 
-    def _file(self, name: str) -> Any:
+    def _file(self, name: str) -> TensorFile:
         if name not in self._open:
-            try:
-                self._open[name] = safe_open(self.folder / name, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{self.folder / name}: cannot be read: {error}") from None
+            self._open[name] = open_tensors(self.folder / name)
         return self._open[name]
 
 
-def resolve(path: Path) -> Path:
-    """A checkpoint's folder: the path itself, or the best checkpoint of the training run at that path.
+def resolve(path: str | Location) -> Location:
+    """A checkpoint's place: the path or URI itself, or the best checkpoint of the training run there.
 
     Raises: CheckpointError when it is neither.
     """
-    path = Path(path).absolute()
+    path = location(path)
     if (path / MANIFEST).exists():
         return path
+    record = path / "train.json"
     try:
-        best = path / json.loads((path / "train.json").read_text(encoding="utf-8"))["best"]
+        if not record.exists():
+            raise FileNotFoundError
+        best = path / json.loads(record.read_text(encoding="utf-8"))["best"]
     except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError):
+        why = why_absent(path, MANIFEST)
         raise CheckpointError(
-            f"{path}: not a checkpoint: give the folder that 'train' wrote, or one inside it"
+            f"{path}: not a checkpoint{why}: give the folder that 'train' wrote, or one inside it"
         ) from None
     if not (best / MANIFEST).exists():
         raise CheckpointError(f"{best}: the run's best checkpoint is gone: give another one")
     return best
 
 
-def open_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
-    """Open and verify a checkpoint.
+def open_checkpoint(path: str | Location, *, verify: bool = True) -> Checkpoint:
+    """Open and verify a checkpoint, which is read where it lies.
 
     Raises: CheckpointError when it is none, is of another format, or its files are not what was written.
     """

@@ -52,10 +52,10 @@ def load_ranker(checkpoint: Checkpoint, dataset: Dataset) -> Ranker:
 def score_file(checkpoint: str, data: str, index: int, staging: str) -> None:
     """Score one training file into its twin below `staging`, row group by row group."""
     torch.set_num_threads(1)
-    dataset = open_dataset(Path(data))
-    model = load_ranker(open_checkpoint(Path(checkpoint), verify=False), dataset)
+    dataset = open_dataset(data)
+    model = load_ranker(open_checkpoint(checkpoint, verify=False), dataset)
     file = dataset.files["train"][index]
-    target = Path(staging) / "train" / Path(file.path).name
+    target = Path(staging) / "train" / file.path.name
     tasks = len(dataset.transform.schema.tasks)
     schema = pa.schema({"logits": pa.list_(pa.float32(), tasks)})
     with pq.ParquetWriter(target, schema) as writer:

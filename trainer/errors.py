@@ -18,3 +18,7 @@ class DataError(SlimrankError):
 
 class CheckpointError(SlimrankError):
     """A folder is not a checkpoint, or its files are not what was written."""
+
+
+class StorageError(SlimrankError):
+    """A storage that a URI names does not answer, refuses, or lacks what was asked of it."""

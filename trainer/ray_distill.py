@@ -28,6 +28,11 @@ def score_with_teacher(
     """
     checkpoint = open_checkpoint(Path(distill.teacher))
     check_teacher(checkpoint, run, dataset)
+    if not isinstance(dataset.folder, Path):
+        raise DataError(
+            f"{dataset.folder}: train.distill writes the teacher's log-odds beside the rows: copy the prepared data "
+            f"to a folder that the workers share, and give that to --data"
+        )
     folder = dataset.folder / "teacher" / checkpoint.version
     if (folder / "teacher.json").exists():
         return folder

@@ -31,6 +31,7 @@ from trainer.loop import keep_score, train_stages
 from trainer.ranks import from_all
 from trainer.ray_distill import score_with_teacher
 from trainer.ray_progress import Teller, watched
+from trainer.storage import Location
 from trainer.tracking import Tracker, check_tracking
 from trainer.worker import Place, Worker, build_worker
 
@@ -140,7 +141,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     quiet_libraries()
     torch.set_num_threads(1)
     run, out = parse_run(config["run"], "run"), Path(config["out"])
-    dataset = open_dataset(Path(config["data"])).sized(run.data, run.model.embedding_dim)
+    dataset = open_dataset(config["data"]).sized(run.data, run.model.embedding_dim)
     context = ray.train.get_context()
     place = Place(
         context.get_world_rank(),
@@ -149,7 +150,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         ray.train.torch.get_device(),
     )
     found = last_checkpoint(out)
-    start = None if config["start"] is None else open_checkpoint(Path(config["start"]), verify=False)
+    start = None if config["start"] is None else open_checkpoint(config["start"], verify=False)
     teacher = None if config["teacher"] is None else Path(config["teacher"])
     position = Position() if found is None else found.position
     reporter = RayReporter(run, out, Teller(config["board"]), place, position)
@@ -236,12 +237,12 @@ def quiet_libraries() -> None:
 
 def train(
     run: RunConfig,
-    data: Path,
+    data: str | Location,
     out: Path,
     *,
     resume: bool,
     show: Show,
-    continue_from: Path | None = None,
+    continue_from: str | Location | None = None,
 ) -> dict[str, Any]:
     """Train a run on prepared data with Ray Train; Ray must be connected.
 

@@ -13,20 +13,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from trainer.data.schema import DataConfig
 from trainer.data.transform import Transform, load_transform, read_arrow
 from trainer.errors import DataError
+from trainer.storage import Location, first_missing, location, open_parquet, reading, why_absent
 
 SplitName = Literal["train", "val", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
 FORMAT_VERSION = 1
+MANIFEST = "dataset.json"
 LABELS = "labels"
 DENSE = "dense"
 GROUP = "group"
@@ -36,7 +36,7 @@ GROUP = "group"
 class PartFile:
     """One prepared Parquet file and the rows of each of its row groups."""
 
-    path: str
+    path: Location
     row_groups: tuple[int, ...]
 
 
@@ -44,7 +44,7 @@ class PartFile:
 class Dataset:
     """An opened prepared data set."""
 
-    folder: Path
+    folder: Location
     transform: Transform
     files: dict[str, list[PartFile]]
     positives: dict[str, list[int]]
@@ -65,7 +65,7 @@ class Dataset:
 
     def groups(self, split: SplitName) -> np.ndarray | None:
         """The group of each row (N,) uint64, where the schema names a group or a user."""
-        tables = [pq.read_table(f.path, columns=[GROUP]) for f in self.files[split] if self._has_groups]
+        tables = [_read(f.path, [GROUP]) for f in self.files[split] if self._has_groups]
         return pa.concat_tables(tables)[GROUP].to_numpy() if tables else None
 
     @property
@@ -80,33 +80,41 @@ class Dataset:
     def items(self) -> pa.Table | None:
         """The raw item catalogue, where the schema names an item id."""
         path = self.folder / "items.parquet"
-        return pq.read_table(path) if path.exists() else None
+        return _read(path) if path.exists() else None
 
     def sample(self) -> pa.Table:
         """Raw validation rows."""
-        return pq.read_table(self.folder / "sample.parquet")
+        return _read(self.folder / "sample.parquet")
 
 
-def open_dataset(folder: Path) -> Dataset:
-    """Open what prepare wrote.
+def _read(path: Location, columns: list[str] | None = None) -> pa.Table:
+    with reading(path), open_parquet(path) as file:
+        return file.read(columns)
+
+
+def open_dataset(folder: str | Location) -> Dataset:
+    """Open what prepare wrote, which is read where it lies.
 
     Raises: DataError when the folder is no prepared data set, or a file of it is missing.
     """
-    folder = Path(folder).absolute()
+    folder = location(folder)
     try:
-        manifest = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        if not (folder / MANIFEST).exists():
+            raise FileNotFoundError
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         version = manifest["format_version"]
         files: dict[str, list[PartFile]] = {
-            split: [PartFile(str(folder / f["path"]), tuple(f["row_groups"])) for f in manifest["files"][split]]
+            split: [PartFile(folder / f["path"], tuple(f["row_groups"])) for f in manifest["files"][split]]
             for split in SPLITS
         }
     except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError):
         raise DataError(
-            f"{folder}: not a prepared data set: give --data the folder that 'data prepare' wrote"
+            f"{folder}: not a prepared data set{why_absent(folder, MANIFEST)}: give --data the folder that "
+            f"'data prepare' wrote"
         ) from None
     if version != FORMAT_VERSION:
         raise DataError(f"{folder}: format {version}, this version reads {FORMAT_VERSION}: prepare it again")
-    for part in (p for parts in files.values() for p in parts):
-        if not Path(part.path).exists():
-            raise DataError(f"{part.path}: missing from the prepared data set: prepare it again")
+    missing = first_missing([p.path for parts in files.values() for p in parts])
+    if missing is not None:
+        raise DataError(f"{missing}: missing from the prepared data set: prepare it again")
     return Dataset(folder, load_transform(folder), files, manifest["positives"], manifest)

@@ -49,6 +49,7 @@ from trainer.data.transform import OOV_ROW, Transform, as_numbers, as_text, flat
 from trainer.errors import DataError, SlimrankError
 from trainer.files import new_directory, write_json
 from trainer.progress import ReportProgress
+from trainer.storage import Location, location
 
 ROW_GROUP_ROWS = 16_384  # a training rank holds some row groups of each of its lanes at once
 SAMPLE_ROWS = 256
@@ -224,7 +225,9 @@ def _last_seen(items: pa.Table) -> pa.Table:
 # -- the shell -------------------------------------------------------------------------------------------------------
 
 
-def prepare(run: RunConfig, out: Path, progress: ReportProgress, continue_from: Path | None = None) -> dict[str, Any]:
+def prepare(
+    run: RunConfig, out: Path, progress: ReportProgress, continue_from: str | Location | None = None
+) -> dict[str, Any]:
     """Prepare a run's log into the folder `out`; Ray must be connected.
 
     With `continue_from`, a folder that was prepared before, its transform is kept and new ids are appended to it.
@@ -233,7 +236,7 @@ def prepare(run: RunConfig, out: Path, progress: ReportProgress, continue_from: 
     features are not those of `continue_from`.
     """
     data, dim = run.data, run.model.embedding_dim
-    old = None if continue_from is None else load_transform(Path(continue_from).absolute())
+    old = None if continue_from is None else load_transform(location(continue_from))
     if old is not None:
         check_extends(old, data)
     started = time.monotonic()

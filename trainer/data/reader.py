@@ -31,6 +31,7 @@ from trainer.data.digest import row_digest
 from trainer.data.encoded import Encoded, Ragged, from_columns
 from trainer.data.transform import OOV_ROW, flat
 from trainer.errors import ConfigError, DataError
+from trainer.storage import Location, open_parquet, reading
 
 LANES = 12  # streams of a shuffled epoch: 1, 2, 3, 4, 6 and 12 ranks read equal shares
 WINDOW_ROWS = 393_216  # held by all lanes together, that rows are shuffled within; two row groups a lane of twelve
@@ -71,7 +72,7 @@ class Rows:
 class Chunk:
     """One row group of one prepared file; `first` is the number in the split of its first row."""
 
-    path: str
+    path: Location
     row_group: int
     rows: int
     first: int = 0
@@ -361,8 +362,9 @@ class _Decoder:
         return rows if piece.rows == chunk.rows else rows.take(np.arange(piece.start, piece.stop))
 
 
-def _teacher_path(dataset: Dataset, path: str, teacher: Path) -> Path:
-    return Path(teacher) / Path(path).relative_to(dataset.folder)
+def _teacher_path(dataset: Dataset, path: Location, teacher: Path) -> Path:
+    assert isinstance(path, Path), "ray_distill.py refuses a teacher for data in a storage"
+    return Path(teacher) / path.relative_to(str(dataset.folder))
 
 
 def check_teacher(dataset: Dataset, split: SplitName, teacher: Path) -> None:
@@ -399,7 +401,7 @@ def read_teacher(dataset: Dataset, chunk: Chunk, teacher: Path) -> np.ndarray:
 def read_chunk(dataset: Dataset, chunk: Chunk) -> Rows:
     """Read one row group into memory."""
     try:
-        with pq.ParquetFile(chunk.path) as file:
+        with reading(chunk.path), open_parquet(chunk.path) as file:
             table = file.read_row_group(chunk.row_group)
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{chunk.path}: cannot be read: {str(error).splitlines()[0]}: prepare the data again") from None

@@ -34,6 +34,7 @@ from trainer.data.schema import (
 )
 from trainer.errors import DataError
 from trainer.files import write_json
+from trainer.storage import Location, read_ipc
 
 OOV_ROW = 0
 MISSING_ROW = 1
@@ -271,8 +272,8 @@ class Transform:
         return digest.hexdigest()[:16]
 
 
-def load_transform(folder: Path) -> Transform:
-    """Read what `Transform.save` wrote; vocabularies stay on disk, mapped.
+def load_transform(folder: Location) -> Transform:
+    """Read what `Transform.save` wrote; vocabularies stay on disk, mapped (of a storage they are read).
 
     Raises: DataError when the folder holds no transform of this version.
     """
@@ -289,7 +290,7 @@ def load_transform(folder: Path) -> Transform:
     return Transform(schema, tables, id_maps, numerics, tuple(lineage))
 
 
-def read_description(path: Path) -> tuple[dict[str, TableInfo], dict[str, NumericStats], DataConfig]:
+def read_description(path: Location) -> tuple[dict[str, TableInfo], dict[str, NumericStats], DataConfig]:
     """Tables, numeric statistics and schema of a transform.json. Raises: DataError when it is not one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -467,11 +468,10 @@ def write_arrow(table: pa.Table, path: Path) -> None:
         writer.write_table(table)
 
 
-def read_arrow(path: Path) -> pa.Table:
-    """Map an Arrow IPC file. Raises: DataError when it is absent or damaged."""
+def read_arrow(path: Location) -> pa.Table:
+    """Map an Arrow IPC file (of a storage: read it). Raises: DataError when it is absent or damaged."""
     try:
-        with pa.memory_map(str(path)) as source:
-            return pa.ipc.open_file(source).read_all()
+        return read_ipc(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{path}: not a readable Arrow file: {error}") from None
 
