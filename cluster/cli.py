@@ -17,6 +17,7 @@ import click
 from cluster.artifact_commands import artifact
 from cluster.options import FILE, FOLDER, Group, common
 from cluster.output import Progress, duration, emit
+from cluster.submit import submit
 from trainer.progress import size
 
 METRIC_WORDS = {"auc": "AUC", "ne": "NE", "log_loss": "log loss", "gauc": "GAUC", "f1": "F1"}
@@ -29,6 +30,7 @@ def main() -> None:
 
 
 main.add_command(artifact)
+main.add_command(submit)
 
 
 @main.group(cls=Group)
@@ -75,7 +77,7 @@ def data_synth(
 
 @data.command("prepare")
 @click.option("--config", type=FILE, required=True, help="The run's YAML.")
-@click.option("--input", "input_override", metavar="GLOB", help="Raw log to read in place of data.input.")
+@click.option("--input", "input_override", type=click.Path(), metavar="GLOB", help="Raw log to read in place of data.input.")
 @click.option("--out", type=FOLDER, required=True, help="Folder to write the prepared data to.")
 @click.option(
     "--continue-from", type=FOLDER, metavar="PREPARED", help="Prepared before: keep its rows, append those of new ids."
