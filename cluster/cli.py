@@ -77,7 +77,9 @@ def data_synth(
 
 @data.command("prepare")
 @click.option("--config", type=FILE, required=True, help="The run's YAML.")
-@click.option("--input", "input_override", type=click.Path(), metavar="GLOB", help="Raw log to read in place of data.input.")
+@click.option(
+    "--input", "input_override", type=click.Path(), metavar="GLOB", help="Raw log to read in place of data.input."
+)
 @click.option("--out", type=FOLDER, required=True, help="Folder to write the prepared data to.")
 @click.option(
     "--continue-from", type=FOLDER, metavar="PREPARED", help="Prepared before: keep its rows, append those of new ids."

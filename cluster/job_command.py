@@ -65,9 +65,11 @@ def job_words(root: click.Context, words: Sequence[str], place: Place, *, as_jso
 
     `root` is the context of the slimrank command itself.
 
-    Raises: click.UsageError where the command would refuse the words, ConfigError for a path or a command that is no job.
+    Raises: click.UsageError where the command would refuse the words, ConfigError for a path or a command
+        that is not for jobs.
     """
-    context, command, path, rest = root, root.command, [], list(words)
+    context, command, rest = root, root.command, list(words)
+    path: list[str] = []
     while isinstance(command, click.Group):
         if not rest:
             raise click.UsageError(f"{' '.join(path)} needs a subcommand", context)

@@ -70,9 +70,9 @@ def submit(
 ) -> None:
     """Run a command as a job of a running Ray cluster: slimrank submit -- tune --checkpoint ...
 
-    The project's source tree travels with the job, without what .gitignore and .rayignore name. Relative paths are those
-    of the current folder where the cluster's head reads this disk. Elsewhere only files of the source tree may be
-    relative: give folders as absolute paths on storage that all nodes share, or as URIs.
+    The project's source tree travels with the job, without what .gitignore and .rayignore name. Relative paths are
+    those of the current folder where the cluster's head reads this disk. Elsewhere only files of the source tree may
+    be relative: give folders as absolute paths on storage that all nodes share, or as URIs.
     """
     root, upload = context.find_root(), source_tree()
     env_vars = {**STOP, **parse_env(env)}
@@ -105,7 +105,9 @@ def parse_env(pairs: tuple[str, ...]) -> dict[str, str]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*", key):
-            raise ConfigError(f"--env {key}: not KEY=VALUE with a name of letters, digits and _: write --env {key}=VALUE")
+            raise ConfigError(
+                f"--env {key}: not KEY=VALUE with a name of letters, digits and _: write --env {key}=VALUE"
+            )
         found[key] = value
     return found
 
@@ -187,11 +189,11 @@ def cluster_errors(where: str) -> Iterator[None]:
         yield
     except AuthenticationError as error:
         wrong = "403" in str(error) or "invalid" in str(error)
-        raise ConfigError(
-            f"{'the wrong' if wrong else 'no'} token for the cluster at {where}: {TOKEN_HELP}"
-        ) from None
+        raise ConfigError(f"{'the wrong' if wrong else 'no'} token for the cluster at {where}: {TOKEN_HELP}") from None
     except (ConnectionError, requests.RequestException, RayError) as error:
-        raise ConfigError(f"no job server at {where}: {_line(error)}: check --address, and that the head runs") from None
+        raise ConfigError(
+            f"no job server at {where}: {_line(error)}: check --address, and that the head runs"
+        ) from None
     except (RuntimeError, ValueError) as error:
         raise SlimrankError(f"the cluster at {where} refused: {_line(error)}") from None
 
