@@ -226,15 +226,18 @@ class LogLines:
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
+        self.taken = 0
         self.part = ""
         self.result = ""
 
-    def show(self, chunk: str) -> None:
-        """Print what is whole."""
+    def show(self, chunk: str, start: int) -> None:
+        """Print what is new of a chunk that begins at character `start` of the log."""
+        new = chunk[max(self.taken - start, 0) :]
+        self.taken += len(new)
         if not self.as_json:
-            print(chunk, end="", flush=True)
+            print(new, end="", flush=True)
             return
-        *lines, self.part = (self.part + chunk).split("\n")
+        *lines, self.part = (self.part + new).split("\n")
         for line in lines:
             self._line(line)
 
@@ -269,20 +272,20 @@ def wait_for(client: JobSubmissionClient, job: str, as_json: bool) -> int:
 
 
 async def follow(client: JobSubmissionClient, job: str, log: LogLines) -> JobDetails:
-    """Show a job's log as it grows; returns how the job ended. A connection that breaks is made again.
+    """Show what `log` lacks of a job's log as it grows; returns how the job ended. A broken connection is made again.
 
     Raises: SlimrankError when the cluster has not answered for a minute, or no longer knows the job.
     """
     import aiohttp
 
-    shown, answered = 0, time.monotonic()
+    answered = time.monotonic()
     while True:
         seen = 0
         with contextlib.suppress(aiohttp.ClientError, RuntimeError, OSError):
             async for chunk in client.tail_job_logs(job):  # from the start, also after a break
-                log.show(chunk[max(shown - seen, 0) :])
+                log.show(chunk, seen)
                 seen += len(chunk)
-                shown, answered = max(shown, seen), time.monotonic()
+                answered = time.monotonic()
         try:
             with cluster_errors(client.get_address()):
                 details = client.get_job_info(job)
