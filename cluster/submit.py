@@ -211,8 +211,8 @@ def shares_disk(client: JobSubmissionClient) -> bool:
     """
     with cluster_errors(client.get_address()):
         nodes = client._do_request("GET", "/nodes?view=summary").json()["data"]["summary"]
-    heads = [node for node in nodes if node.get("raylet", {}).get("isHeadNode")]
-    return any(n["hostname"] == socket.gethostname() and Path(n["raylet"]["sessionDir"]).is_dir() for n in heads)
+    heads = [node["raylet"] for node in nodes if node.get("raylet", {}).get("isHeadNode")]
+    return any(h["nodeManagerHostname"] == socket.gethostname() and Path(h["sessionDir"]).is_dir() for h in heads)
 
 
 # -- following -------------------------------------------------------------------------------------------------------
@@ -278,22 +278,22 @@ async def follow(client: JobSubmissionClient, job: str, log: LogLines) -> JobDet
     """
     import aiohttp
 
-    answered = time.monotonic()
+    lost_at: float | None = None
     while True:
         seen = 0
         with contextlib.suppress(aiohttp.ClientError, RuntimeError, OSError):
             async for chunk in client.tail_job_logs(job):  # from the start, also after a break
                 log.show(chunk, seen)
                 seen += len(chunk)
-                answered = time.monotonic()
         try:
             with cluster_errors(client.get_address()):
                 details = client.get_job_info(job)
-            answered = time.monotonic()
+            lost_at = None
             if details.status.is_terminal():
                 return details
         except ConfigError as error:
-            if time.monotonic() - answered > LOST_AFTER_S:
+            lost_at = lost_at or time.monotonic()
+            if time.monotonic() - lost_at > LOST_AFTER_S:
                 raise SlimrankError(f"job {job} may go on, but {error}: {how_to_go_on(client, job)}") from None
         await asyncio.sleep(1)
 

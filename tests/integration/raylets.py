@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import socket
 import sys
+from pathlib import Path
 from typing import Any
 
 from ray.cluster_utils import Cluster
@@ -42,6 +43,8 @@ def main(folder: str) -> None:
     port = free_port()
     head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port, "temp_dir": f"{folder}/head", **MEMORY}
     cluster = Cluster(initialize_head=True, head_node_args=head)
+    # as `ray start` does; without it a job's driver takes any Ray that runs on this machine for its own
+    Path(folder, "head", "ray_current_cluster").write_text(cluster.address, encoding="utf-8")
     try:
         nodes = {name: add_node(cluster, name, folder) for name in NODES}
         names = {node.node_id: name for name, node in nodes.items()}
