@@ -18,6 +18,7 @@ from cluster.artifact_commands import artifact
 from cluster.options import FILE, FOLDER, PLACE, Group, common
 from cluster.output import Progress, duration, emit
 from cluster.report_command import report
+from cluster.submit import submit
 from trainer.progress import size
 
 if TYPE_CHECKING:  # pyarrow is a third of a second that --help has not
@@ -38,6 +39,7 @@ def main() -> None:
 
 main.add_command(artifact)
 main.add_command(report)
+main.add_command(submit)
 
 
 @main.group(cls=Group)
@@ -84,7 +86,9 @@ def data_synth(
 
 @data.command("prepare")
 @click.option("--config", type=FILE, required=True, help="The run's YAML.")
-@click.option("--input", "input_override", metavar="GLOB", help="Raw log to read in place of data.input.")
+@click.option(
+    "--input", "input_override", type=click.Path(), metavar="GLOB", help="Raw log to read in place of data.input."
+)
 @click.option("--out", type=PLACE, required=True, help="Folder or URI to write the prepared data to.")
 @click.option(
     "--continue-from", type=PLACE, metavar="PREPARED", help="Prepared before: keep its rows, append those of new ids."

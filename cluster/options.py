@@ -61,11 +61,16 @@ class Group(click.Group):
 
 
 def common(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that every subcommand takes."""
+    """The options that every subcommand takes which runs where it is called."""
+    address = click.option("--address", metavar="URL", help="Ray cluster to run on; a local one by default.")
+    return address(reporting(command))
+
+
+def reporting(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that every subcommand takes: how it reports."""
     command = click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")(
         command
     )
-    command = click.option("--address", metavar="URL", help="Ray cluster to run on; a local one by default.")(command)
     return click.option("--debug", is_flag=True, callback=_quieted, help="Show tracebacks and what the libraries say.")(
         command
     )

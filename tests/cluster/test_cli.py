@@ -119,7 +119,7 @@ def test_synth_writes_a_log_and_a_run_that_fits_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "command",
     [[], ["data", "fetch"], ["data", "synth"], ["data", "prepare"], ["train"], ["evaluate"], ["compress"], ["tune"]]
-    + [["serve"], ["rank"], ["demo"], ["plan"], ["doctor"], ["report"]],
+    + [["serve"], ["rank"], ["demo"], ["plan"], ["doctor"], ["report"], ["submit"]],
 )
 def test_every_command_has_help(command: list[str]) -> None:
     result = run(*command, "--help")
