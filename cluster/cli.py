@@ -328,7 +328,16 @@ def methods(
 @click.option(
     "--max-delta-ne", type=click.FloatRange(min=0, min_open=True), help="Budget; .001 is a tenth of a percent."
 )
-@click.option("--trials", type=click.IntRange(min=1), help="Plans to try.")
+@click.option("--max-bytes", metavar="BYTES", help='Most that the tables may take, as "2%" of fp32 or "300MB".')
+@click.option(
+    "--max-ms", type=click.FloatRange(min=0, min_open=True), help="Most that 500 candidates may take, on one thread."
+)
+@click.option("--trials", type=click.IntRange(min=1), help="Plans to try; 48 by default.")
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="End the trials after so long.")
+@click.option(
+    "--algorithm", type=click.Choice(["tpe", "nsga2", "random", "grid"]), help="What draws the plans; tpe by default."
+)
+@click.option("--earlier", type=FOLDER, metavar="SEARCH", help="Another search's folder: its front is tried first.")
 @click.option("--resume", is_flag=True, help="Go on with the search in --out.")
 @click.option("--out", type=PLACE, required=True, help="Folder or URI for trials, front and artifact.")
 @common
@@ -336,24 +345,32 @@ def tune(
     checkpoint: Any,
     data_dir: Any,
     max_delta_ne: float | None,
+    max_bytes: str | None,
+    max_ms: float | None,
     trials: int | None,
+    minutes: float | None,
+    algorithm: str | None,
+    earlier: Path | None,
     resume: bool,
     out: Location,
     as_json: bool,
     address: str | None,
     debug: bool,
 ) -> None:
-    """Search with Ray Tune for the smallest tables that hold the NE budget."""
+    """Search with Ray Tune for the smallest artifact that holds the NE budget."""
     from cluster.runs import search_config
     from cluster.session import ray_session
     from cluster.tables import front_table
     from trainer.results import SYNC_S, moved, results_at
 
-    search = search_config(checkpoint, max_delta_ne, trials)
+    asked = {"max_delta_ne": max_delta_ne, "max_table_bytes": max_bytes, "max_ms": max_ms}
+    search = search_config(checkpoint, asked | {"trials": trials, "minutes": minutes, "algorithm": algorithm})
     with results_at(out, resume=resume, every_s=SYNC_S) as folder, ray_session(address, debug=debug):
         from compress.search.tune import tune as run_search
 
-        result = run_search(checkpoint, data_dir, folder, search, resume=resume, progress=Progress().step)
+        result = run_search(
+            checkpoint, data_dir, folder, search, resume=resume, progress=Progress().step, earlier=earlier
+        )
         result = moved(result, folder, out)
     emit(result, as_json, front_table(result))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,12 +45,12 @@ def with_workers(run: RunConfig, workers: int | None) -> RunConfig:
     return run.model_copy(update={"train": train})
 
 
-def search_config(checkpoint: str | Location, max_delta_ne: float | None, trials: int | None) -> SearchConfig:
-    """The search a checkpoint's run asks for, with what the command line changes."""
+def search_config(checkpoint: str | Location, changes: Mapping[str, Any]) -> SearchConfig:
+    """The search a checkpoint's run asks for, with what the command line changes; None changes nothing."""
     from trainer.checkpoint import open_checkpoint
 
     asked = dict(open_checkpoint(checkpoint, verify=False).run.tune)
-    asked |= {k: v for k, v in (("max_delta_ne", max_delta_ne), ("trials", trials)) if v is not None}
+    asked |= {name: value for name, value in changes.items() if value is not None}
     return section(SearchConfig, asked, "tune")
 
 

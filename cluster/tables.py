@@ -92,7 +92,9 @@ def front_table(result: dict[str, Any]) -> list[str]:
         if need > gate["rows"]:
             lines.append(f"the data cannot resolve this budget: about {need:,} rows would")
         else:
-            lines.append("no plan tried holds this budget: allow more bits (tune.bits) or a larger --max-delta-ne")
+            lines.append(
+                "no plan tried holds this budget: allow larger tables (tune.space.budget) or a larger --max-delta-ne"
+            )
     lines.append(f"{result['trials']} trials; artifact: {result['artifact']}")
     return lines
 

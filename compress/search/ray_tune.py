@@ -131,7 +131,6 @@ class Recorder(ray.tune.Callback):
     progress: ReportProgress
     origin: Callable[[Params], str]
     began: float
-    sync: Callable[[], None]
     numbers: int = 0
     latest: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -160,7 +159,6 @@ class Recorder(ray.tune.Callback):
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self.numbers += 1
-        self.sync()
         self.progress("trials", self.numbers, self.total)
 
 
@@ -171,11 +169,10 @@ def run_trials(
     out: Path,
     first: Mapping[str, Sequence[Params]],
     progress: ReportProgress,
-    sync: Callable[[], None] = lambda: None,
 ) -> tuple[list[dict[str, Any]], bool]:
     """Run the trials that trials.jsonl does not hold yet, and return all results, and whether Ctrl-C ended it.
 
-    `first`: settings to begin with, by what they come from. `sync` is called after each trial.
+    `first`: settings to begin with, by what they come from.
     """
     path = out / "trials.jsonl"
     finished = [trial for trial in read_trials(path) if trial.get("origin") != "calibrated"]  # these are made again
@@ -197,7 +194,6 @@ def run_trials(
         progress,
         lambda params: next((name for known, name in origins if known == params), "sampler"),
         time.monotonic() - max((t["finished_s"] for t in finished), default=0.0),
-        sync,
         len(finished),
     )
     with tempfile.TemporaryDirectory(prefix="slimrank-tune-") as scratch:

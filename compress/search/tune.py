@@ -17,7 +17,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -61,6 +61,7 @@ from trainer.errors import DataError, SlimrankError
 from trainer.files import check_new, write_json, write_text
 from trainer.metrics import auc, normalized_entropy
 from trainer.progress import ReportProgress
+from trainer.storage import Location
 
 SAME_SCORES = 1e-4  # log-odds: an artifact and its trial differ by the order of fp32 sums at most
 CHECKED_ROWS = 20_000  # of the gate's: that the artifact is shown to score as its trial did
@@ -68,20 +69,18 @@ TUNED_ROWS = 200_000  # of the training split at most: a working set of them is 
 
 
 def tune(
-    checkpoint_path: Path,
-    data: Path,
+    checkpoint_path: str | Location,
+    data: str | Location,
     out: Path,
     search: SearchConfig,
     *,
     resume: bool,
     progress: ReportProgress,
     earlier: Path | None = None,
-    sync: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Search for the smallest artifact that holds the NE budget, and write it; Ray must be connected.
 
-    `earlier`: the folder of another search, whose front is tried first. `sync` is called when there is something new in
-    `out`. Returns what `slimrank tune --json` prints.
+    `earlier`: the folder of another search, whose front is tried first. Returns what `slimrank tune --json` prints.
     Raises: SlimrankError when checkpoint and data do not belong together, or `out` holds something and not `resume`.
     """
     started = time.monotonic()
@@ -97,12 +96,11 @@ def tune(
     write_json(out / "search.json", asked_of(ready, checkpoint_path, data))
     limits = Limits(search.max_delta_ne, float("inf") if search.max_ms is None else search.max_ms)
     origins = {"earlier": first, "start": starts(ready.shared, search)}
-    trials, interrupted = run_trials(ready.shared, search, limits, out, origins, progress, sync)
+    trials, interrupted = run_trials(ready.shared, search, limits, out, origins, progress)
     found = result_of(ready, trials, out, interrupted, progress)
     found["seconds"] = round(time.monotonic() - started, 1)
     write_json(out / "tune.json", found)
-    sync()
-    return found
+    return {**found, "artifact": str(out / "artifact")}
 
 
 def starts(shared: Shared, search: SearchConfig) -> list[Params]:
@@ -156,7 +154,7 @@ def result_of(
         verdict["control"] = control_on(gate_sample, control)
     write_winner(ready, winner, gate_sample, out, {"gate": verdict}, progress)
     return {
-        "artifact": str(out / "artifact"),
+        "artifact": "artifact",
         "trials": len(trials),
         "failed_trials": sum("error" in t for t in trials),
         "stopped_trials": sum(bool(t.get("stopped")) for t in trials),
@@ -313,7 +311,7 @@ def peer_quality(shared: tuple[Sample, int], peer: Peer) -> dict[str, Any] | Non
 # -- what a search says of itself --------------------------------------------------------------------------------------
 
 
-def asked_of(ready: Preparation, checkpoint_path: Path, data: Path) -> dict[str, Any]:
+def asked_of(ready: Preparation, checkpoint_path: str | Location, data: str | Location) -> dict[str, Any]:
     """search.json: what was asked, of what, on which machine."""
     shared, checkpoint, selection = ready.shared, ready.checkpoint, ready.selection
     tables = [whole_table(t, t.num_embeddings) for t in ready.dataset.transform.tables.values()]
