@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
+from compress.config import SearchConfig
 from compress.manifest import printable
 from compress.search.report import Gate, Peer, Point, Report, Table
 from trainer.progress import size
@@ -144,12 +147,20 @@ def leaves(value: Mapping[str, Any], path: str = "") -> list[tuple[str, str]]:
     return pairs
 
 
+def changed(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a search's configuration says that is not the default; all of one that this version does not know."""
+    try:
+        return SearchConfig.model_validate(config).model_dump(mode="json", exclude_defaults=True)
+    except ValidationError:
+        return config
+
+
 def provenance(report: Report) -> list[tuple[str, str]]:
     """All that says where the result came from, as (name, value): enough to run the search again."""
     search = report.search
     found: dict[str, Any] = {"started": search.started} if search.started else {}
     found |= {"checkpoint": search.checkpoint, "data": search.data, "samples": search.samples}
     found |= {"lineage": report.tune.lineage if report.tune else {}}
-    found |= {"artifact": report.tune.artifact if report.tune else None, "config": search.config}
+    found |= {"artifact": report.tune.artifact if report.tune else None, "config": changed(search.config)}
     found |= {"hardware": search.hardware, "versions": search.versions}
     return leaves({key: value for key, value in found.items() if value not in (None, {})})
