@@ -244,7 +244,7 @@ class SearchConfig(Config):
     eta: int = Field(default=3, ge=2)
     start: int = Field(default=8, ge=1)
     finalists: int = Field(default=4, ge=1)
-    gate_tries: int = Field(default=3, ge=1)
+    gate_tries: int = Field(default=5, ge=1)
     calibrate: CalibrationPlan | None = CalibrationPlan()
     seed: int = 0
 

@@ -2,8 +2,8 @@
 
 Trials are compared on the search's rows; among the many that were tried the best looks better there than it is. So the
 front is scored again on selection rows, the choice is made by these bounds, and gate rows, which had no part in either,
-decide. Several plans may come to the gate one after the other: each bound is then taken at a higher confidence
-(Bonferroni), so that all of them hold together at 95%.
+decide. Several plans may come to the gate, in an order settled before: the safest first, each next one smaller, until
+one is refused.
 """
 
 from __future__ import annotations
@@ -75,47 +75,53 @@ def candidates(front: Sequence[Mapping[str, Any]], max_delta_ne: float, max_ms: 
     return [min(quick or range(len(front)), key=lambda i: front[i]["selection"]["delta_ne_upper"])]
 
 
-def gate(
-    order: Sequence[int],
-    tries: int,
-    budget: float,
-    rows: int,
-    measure: Callable[[int, float], dict[str, Any]],
-) -> tuple[int, dict[str, Any]]:
-    """The first of `order` whose bound on the gate's rows is within the budget, and the verdict.
+def chain(front: Sequence[Mapping[str, Any]], able: Sequence[int], most: int) -> list[int]:
+    """The order in which plans come to the gate: the safest first, each next one smaller and less safe.
 
-    `measure` (index of the point, confidence) gives its quality there. After `tries` refusals, or where all are
-    refused, the point whose bound came closest, and a verdict that it did not pass.
+    Plans that are larger and no safer than another are left out. Of more than `most` the safest, the smallest and a
+    spread between stay.
     """
-    tried: list[int] = []
-    measured: list[dict[str, Any]] = []
-    allowed = list(order[:tries])
-    confidence = 1.0 - (1.0 - CONFIDENCE) / len(allowed)
-    for index in allowed:
-        tried.append(index)
-        measured.append(measure(index, confidence))
-        if measured[-1]["delta_ne_upper"] <= budget:
+    by_safety = sorted(able, key=lambda i: (front[i]["selection"]["delta_ne_upper"], front[i]["artifact_bytes"]))
+    links: list[int] = []
+    for index in by_safety:
+        if not links or front[index]["artifact_bytes"] < front[links[-1]]["artifact_bytes"]:
+            links.append(index)
+    if len(links) <= most:
+        return links
+    return [links[i] for i in np.unique(np.linspace(len(links) - 1, 0, most).round().astype(int))]
+
+
+def gate(
+    order: Sequence[int], budget: float, rows: int, measure: Callable[[int], dict[str, Any]]
+) -> tuple[int, dict[str, Any]]:
+    """The last of `order` before the first whose bound on the gate's rows is not within the budget, and the verdict.
+
+    `measure` gives a point's quality there. As the order was settled before and the first refusal ends it, each bound
+    at 95% keeps the whole at 95% (fixed-sequence testing). If the first one is refused, it is what is returned, and the
+    verdict says that it did not pass.
+    Source: Angelopoulos et al., Learn then Test, 2021.
+    """
+    passed: list[tuple[int, dict[str, Any]]] = []
+    refused: list[tuple[int, dict[str, Any]]] = []
+    for index in order:
+        found = measure(index)
+        (passed if found["delta_ne_upper"] <= budget else refused).append((index, found))
+        if refused:
             break
-    passed = measured[-1]["delta_ne_upper"] <= budget
-    at = len(tried) - 1 if passed else int(np.argmin([m["delta_ne_upper"] for m in measured]))
-    refused = [
-        {"index": i, "delta_ne_upper": m["delta_ne_upper"]}
-        for i, m in zip(tried, measured, strict=True)
-        if not (passed and i == tried[at])
-    ]
+    chosen, quality = (passed or refused)[-1]
     verdict = {
-        "passed": passed,
+        "passed": bool(passed),
         "budget": budget,
         "rows": rows,
-        "confidence": confidence,
-        **measured[at],
-        "tried": tried,
-        "refused": refused,
+        "confidence": CONFIDENCE,
+        **quality,
+        "tried": [i for i, _ in [*passed, *refused]],
+        "refused": [{"index": i, "delta_ne_upper": q["delta_ne_upper"]} for i, q in refused],
     }
     if not passed:
-        found = Quality(**{name: measured[at][name] for name in Quality.__dataclass_fields__})
+        found = Quality(**{name: quality[name] for name in Quality.__dataclass_fields__})
         verdict["rows_to_resolve"] = rows_to_resolve(found, rows, budget)
-    return tried[at], verdict
+    return chosen, verdict
 
 
 def why(front: Sequence[Mapping[str, Any]], chosen: int, verdict: Mapping[str, Any], max_delta_ne: float) -> str:
@@ -124,13 +130,19 @@ def why(front: Sequence[Mapping[str, Any]], chosen: int, verdict: Mapping[str, A
     bound = f"{verdict['delta_ne_upper']:+.2%}"
     if not verdict["passed"]:
         return (
-            f"No plan was shown to hold delta NE of {max_delta_ne:.2%}: trial {number} ({size}) came closest on the "
-            f"gate's rows, with {bound} at most."
+            f"No plan was shown to hold delta NE of {max_delta_ne:.2%}: trial {number} ({size}), the safest, may lose "
+            f"{bound} by the gate's rows."
         )
-    before = f" after {len(verdict['refused'])} smaller ones were refused" if verdict["refused"] else ""
+    if verdict["refused"]:
+        refused = verdict["refused"][0]
+        return (
+            f"Trial {number} ({size}) holds delta NE of {max_delta_ne:.2%} on the selection rows and, with {bound}, on "
+            f"the gate's; the next smaller plan, trial {front[refused['index']]['number']}, was refused there "
+            f"({refused['delta_ne_upper']:+.2%})."
+        )
     return (
         f"Trial {number} is the smallest artifact ({size}) whose bound of delta NE holds {max_delta_ne:.2%} on the "
-        f"selection rows and, with {bound}, on the gate's{before}."
+        f"selection rows and, with {bound}, on the gate's."
     )
 
 

@@ -22,7 +22,6 @@ from compress.dense import make_runtime, sides_of
 from compress.methods.calibrate import Tuned, fine_tune
 from compress.methods.dense import DensePlan, simplify
 from compress.onnx_head import head_of
-from compress.search.objective import CONFIDENCE
 from compress.search.preparation import Lessons
 from compress.search.trials import Sample, Shared, quality, sizes
 from compress.search.working_set import WorkingSet, score, trial
@@ -98,21 +97,16 @@ def calibrated(room: Classroom, finalist: Finalist) -> Finalist:
     return Finalist(line, plan, head, tuned.dense)
 
 
-def judged(shared: tuple[Shared, Sample, float], finalist: Finalist) -> dict[str, Any]:
-    """Quality of a finalist on other rows than the search's, bounds at a confidence."""
-    search, sample, confidence = shared
+def judged(shared: tuple[Shared, Sample], finalist: Finalist) -> dict[str, Any]:
+    """Quality of a finalist on other rows than the search's."""
+    search, sample = shared
     logits = score(sample.working, resolve(finalist.plan, search.planner.profiles), finalist.head)
     tasks = tasks_of(sample.working.transform)
-    return quality(sample.labels, logits, sample.reference, tasks, search.seed + 1, confidence)
-
-
-def at_95(shared: Shared, sample: Sample) -> tuple[Shared, Sample, float]:
-    """What `judged` shares, with bounds at the usual confidence."""
-    return shared, sample, CONFIDENCE
+    return quality(sample.labels, logits, sample.reference, tasks, search.seed + 1)
 
 
 def measured_ms(sample: Sample, finalist: Finalist, resolved: Mapping[str, ResolvedTable]) -> float:
-    """Median milliseconds of 500 candidates of one request, ranked as a server does; the tables are those of the sample.
+    """Median milliseconds of 500 candidates of one request, ranked as a server does, from the sample's tables.
 
     Processor time of this thread, which does all of it: other processes on the machine do not count.
     """

@@ -35,10 +35,8 @@ class Quality:
     delta_auc_lower: float
 
 
-def bootstrap_ratio_upper(
-    changed_N: np.ndarray, base_N: np.ndarray, seed: int = 0, confidence: float = CONFIDENCE
-) -> float:
-    """The upper bound (one-sided) of mean(changed) / mean(base) - 1 over paired Poisson resamples.
+def bootstrap_ratio_upper(changed_N: np.ndarray, base_N: np.ndarray, seed: int = 0) -> float:
+    """The upper 95% bound (one-sided) of mean(changed) / mean(base) - 1 over paired Poisson resamples.
 
     Rows are resampled in BOOTSTRAP_BLOCKS blocks of every so-manieth row: as many draws whatever the number of rows,
     and with so many blocks the same law.
@@ -47,7 +45,7 @@ def bootstrap_ratio_upper(
     blocks = np.arange(len(base_N)) % BOOTSTRAP_BLOCKS
     pairs = np.stack([np.bincount(blocks, values) for values in (changed_N, base_N)], axis=1)
     sums = rng.poisson(1.0, size=(RESAMPLES, len(pairs))) @ pairs
-    return float(np.quantile(sums[:, 0] / sums[:, 1] - 1.0, confidence))
+    return float(np.quantile(sums[:, 0] / sums[:, 1] - 1.0, CONFIDENCE))
 
 
 def delta_ne(labels: np.ndarray, logits: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
@@ -122,7 +120,6 @@ def by_task(
     logits: np.ndarray,
     reference: np.ndarray,
     seed: int = 0,
-    confidence: float = CONFIDENCE,
 ) -> list[Quality]:
     """Quality of each task of (N, T) log-odds against the fp32 model's on the same labels (N, T)."""
     found = []
@@ -133,7 +130,7 @@ def by_task(
         found.append(
             Quality(
                 float(changed.mean() / base.mean() - 1.0),
-                bootstrap_ratio_upper(changed, base, seed, confidence),
+                bootstrap_ratio_upper(changed, base, seed),
                 change,
                 change - ONE_SIDED * delta_auc_error(y, new, old),
             )

@@ -18,7 +18,7 @@ from torch import nn
 from compress.compressor import ResolvedTable, resolve, table_bytes
 from compress.config import CompressionPlan, Space
 from compress.errors import PlanError
-from compress.search.objective import CONFIDENCE, by_task, delta_ne, top_overlap, worst
+from compress.search.objective import by_task, delta_ne, top_overlap, worst
 from compress.search.planner import Planner
 from compress.search.space import Params, label, setting
 from compress.search.working_set import WorkingSet, score
@@ -137,10 +137,9 @@ def quality(
     reference: np.ndarray,
     tasks: list[str],
     seed: int,
-    confidence: float = CONFIDENCE,
 ) -> dict[str, Any]:
     """The worst task's changes and bounds, the overlap with the fp32 ranking, and each task's."""
-    each = by_task(labels, logits, reference, seed, confidence)
+    each = by_task(labels, logits, reference, seed)
     found: dict[str, Any] = {**asdict(worst(each)), "overlap": top_overlap(logits, reference)}
     if len(tasks) > 1:
         found["tasks"] = {name: asdict(q) for name, q in zip(tasks, each, strict=True)}

@@ -35,11 +35,10 @@ from compress.methods.calibrate import Tuned, with_head
 from compress.methods.dense import DensePlan
 from compress.model import translate_rows, whole_table
 from compress.peers import PEERS, Peer, whole_id_maps_bytes
-from compress.search.decide import candidates, described, front_of, gate, why
+from compress.search.decide import candidates, chain, described, front_of, gate, why
 from compress.search.finals import (
     Classroom,
     Finalist,
-    at_95,
     calibrated,
     finalist_of,
     judged,
@@ -133,7 +132,7 @@ def result_of(
         every = {f.trial["number"]: f for f in [*finalists, *more]}
         finalists = [every[t["number"]] for t in front]
     progress("select", 0, len(finalists))
-    judgements = in_parallel(judged, at_95(shared, ready.selection), finalists)
+    judgements = in_parallel(judged, (shared, ready.selection), finalists)
     progress("select", len(finalists), len(finalists))
     points = [described(f.trial, j) for f, j in zip(finalists, judgements, strict=True)]
     order = candidates(points, search.max_delta_ne, None)
@@ -143,11 +142,12 @@ def result_of(
     order = candidates(points, search.max_delta_ne, search.max_ms)
     gate_sample = ready.sample(ready.gate_rows)
 
-    def on_gate(index: int, confidence: float) -> dict[str, Any]:
-        return judged((shared, gate_sample, confidence), finalists[index])
+    def on_gate(index: int) -> dict[str, Any]:
+        return judged((shared, gate_sample), finalists[index])
 
     progress("gate", 0, 1)
-    chosen, verdict = gate(order, search.gate_tries, search.max_delta_ne, len(gate_sample.labels), on_gate)
+    links = chain(points, order, search.gate_tries)
+    chosen, verdict = gate(links, search.max_delta_ne, len(gate_sample.labels), on_gate)
     progress("gate", 1, 1)
     winner = finalists[chosen]
     if winner.tuned is not None and control is not None:
