@@ -197,7 +197,7 @@ class Space(Config):
     candidates is worth, by which tiers are merged. `dense`: what to do to the layers above the tables.
     """
 
-    budget: Number = Range(low=0.003, high=0.3, log=True)
+    budget: Number = Range(low=0.003, high=0.6, log=True)
     bits: Choice[tuple[Literal[2, 4, 8, 16], ...]] = Choice(choice=((2, 4, 8, 16), (4, 8, 16), (8, 16)))
     centroids: Choice[int] = Choice(choice=(MAX_CENTROIDS, 1))
     trust: Number = Range(low=0.0, high=1.0)
@@ -244,7 +244,7 @@ class SearchConfig(Config):
     eta: int = Field(default=3, ge=2)
     start: int = Field(default=8, ge=1)
     finalists: int = Field(default=4, ge=1)
-    gate_tries: int = Field(default=5, ge=1)
+    gate_tries: int = Field(default=8, ge=1)
     calibrate: CalibrationPlan | None = CalibrationPlan()
     seed: int = 0
 

@@ -8,14 +8,16 @@ one is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
 from compress.search.halving import fronts
-from compress.search.objective import CONFIDENCE, Quality, rows_to_resolve
+from compress.search.objective import CONFIDENCE, ONE_SIDED, Quality, rows_to_resolve
 from trainer.data.reader import Rows
 from trainer.errors import DataError
 
@@ -75,15 +77,29 @@ def candidates(front: Sequence[Mapping[str, Any]], max_delta_ne: float, max_ms: 
     return [min(quick or range(len(front)), key=lambda i: front[i]["selection"]["delta_ne_upper"])]
 
 
-def chain(front: Sequence[Mapping[str, Any]], able: Sequence[int], most: int) -> list[int]:
+def chance(point: Mapping[str, Any], budget: float, rows: tuple[int, int, int]) -> float:
+    """How likely a point's bound will be within the budget on the gate's rows, by its figures on the others.
+
+    `rows` of the search, the selection and the gate. Delta NE is taken from both samples together; what a row adds to
+    its variance from the one that says more, since a few rows may change much that the other has none of.
+    """
+    search, selection, gate_rows = rows
+    both = [(point, search), (point["selection"], selection)]
+    change = sum(found["delta_ne"] * count for found, count in both) / (search + selection)
+    spread = max((found["delta_ne_upper"] - found["delta_ne"]) / ONE_SIDED * count**0.5 for found, count in both)
+    there = spread / gate_rows**0.5
+    room = budget - change - ONE_SIDED * there
+    return NormalDist().cdf(room / max(math.hypot(there, spread / (search + selection) ** 0.5), 1e-12))
+
+
+def chain(front: Sequence[Mapping[str, Any]], able: Sequence[int], chances: Sequence[float], most: int) -> list[int]:
     """The order in which plans come to the gate: the safest first, each next one smaller and less safe.
 
-    Plans that are larger and no safer than another are left out. Of more than `most` the safest, the smallest and a
-    spread between stay.
+    `chances`: of each point of the front, to pass. Plans that are larger and no safer than another are left out. Of
+    more than `most` the safest, the smallest and a spread between stay.
     """
-    by_safety = sorted(able, key=lambda i: (front[i]["selection"]["delta_ne_upper"], front[i]["artifact_bytes"]))
     links: list[int] = []
-    for index in by_safety:
+    for index in sorted(able, key=lambda i: (-chances[i], front[i]["artifact_bytes"])):
         if not links or front[index]["artifact_bytes"] < front[links[-1]]["artifact_bytes"]:
             links.append(index)
     if len(links) <= most:
@@ -92,24 +108,24 @@ def chain(front: Sequence[Mapping[str, Any]], able: Sequence[int], most: int) ->
 
 
 def gate(
-    order: Sequence[int], budget: float, rows: int, measure: Callable[[int], dict[str, Any]]
+    order: Sequence[int], qualities: Sequence[Mapping[str, Any]], budget: float, rows: int
 ) -> tuple[int, dict[str, Any]]:
     """The last of `order` before the first whose bound on the gate's rows is not within the budget, and the verdict.
 
-    `measure` gives a point's quality there. As the order was settled before and the first refusal ends it, each bound
+    `qualities`: of each of `order` there; those after the first refusal are not looked at. As the order was
+    settled before and the first refusal ends it, each bound
     at 95% keeps the whole at 95% (fixed-sequence testing). If the first one is refused, it is what is returned, and the
     verdict says that it did not pass.
     Source: Angelopoulos et al., Learn then Test, 2021.
     """
-    passed: list[tuple[int, dict[str, Any]]] = []
-    refused: list[tuple[int, dict[str, Any]]] = []
-    for index in order:
-        found = measure(index)
+    passed: list[tuple[int, Mapping[str, Any]]] = []
+    refused: list[tuple[int, Mapping[str, Any]]] = []
+    for index, found in zip(order, qualities, strict=True):
         (passed if found["delta_ne_upper"] <= budget else refused).append((index, found))
         if refused:
             break
     chosen, quality = (passed or refused)[-1]
-    verdict = {
+    verdict: dict[str, Any] = {
         "passed": bool(passed),
         "budget": budget,
         "rows": rows,
@@ -119,8 +135,8 @@ def gate(
         "refused": [{"index": i, "delta_ne_upper": q["delta_ne_upper"]} for i, q in refused],
     }
     if not passed:
-        found = Quality(**{name: quality[name] for name in Quality.__dataclass_fields__})
-        verdict["rows_to_resolve"] = rows_to_resolve(found, rows, budget)
+        bounds = Quality(**{name: quality[name] for name in Quality.__dataclass_fields__})
+        verdict["rows_to_resolve"] = rows_to_resolve(bounds, rows, budget)
     return chosen, verdict
 
 

@@ -35,7 +35,7 @@ from compress.methods.calibrate import Tuned, with_head
 from compress.methods.dense import DensePlan
 from compress.model import translate_rows, whole_table
 from compress.peers import PEERS, Peer, whole_id_maps_bytes
-from compress.search.decide import candidates, chain, described, front_of, gate, why
+from compress.search.decide import candidates, chain, chance, described, front_of, gate, why
 from compress.search.finals import (
     Classroom,
     Finalist,
@@ -141,14 +141,15 @@ def result_of(
         points[index]["measured_ms"] = round(measured_ms(ready.selection, finalists[index], resolved), 4)
     order = candidates(points, search.max_delta_ne, search.max_ms)
     gate_sample = ready.sample(ready.gate_rows)
-
-    def on_gate(index: int) -> dict[str, Any]:
-        return judged((shared, gate_sample), finalists[index])
-
-    progress("gate", 0, 1)
-    links = chain(points, order, search.gate_tries)
-    chosen, verdict = gate(links, search.max_delta_ne, len(gate_sample.labels), on_gate)
-    progress("gate", 1, 1)
+    gate_rows = len(gate_sample.labels)
+    budget = search.max_delta_ne
+    rows = (ready.rungs[-1], len(ready.selection.labels), gate_rows)
+    chances = [chance(point, budget, rows) for point in points]
+    links = chain(points, order, chances, search.gate_tries)
+    progress("gate", 0, len(links))
+    qualities = in_parallel(judged, (shared, gate_sample), [finalists[i] for i in links])
+    progress("gate", len(links), len(links))
+    chosen, verdict = gate(links, qualities, budget, gate_rows)
     winner = finalists[chosen]
     if winner.tuned is not None and control is not None:
         verdict["control"] = control_on(gate_sample, control)
