@@ -14,6 +14,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from cluster.options import AS_WRITTEN
 from trainer.errors import ConfigError
 
 NOT_JOBS = {
@@ -69,6 +70,7 @@ def job_words(root: click.Context, words: Sequence[str], place: Place, *, as_jso
         that is not for jobs.
     """
     context, command, rest = root, root.command, list(words)
+    root.meta[AS_WRITTEN] = True
     path: list[str] = []
     while isinstance(command, click.Group):
         if not rest:

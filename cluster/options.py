@@ -12,6 +12,8 @@ import click
 from cluster.session import quiet
 from trainer.errors import SlimrankError
 
+AS_WRITTEN = "slimrank.as_written"  # of click's meta: URIs stay text, as they are another machine's to resolve
+
 
 class Folder(click.Path):
     """A folder of this machine, as an absolute Path."""
@@ -27,9 +29,11 @@ class Place(Folder):
     """A folder of this machine, or the URI of one in a storage: an absolute Path, or a RemotePath."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Resolve a URI, without asking whether anything is there."""
+        """Resolve a URI, without asking whether anything is there; where AS_WRITTEN, on another machine."""
         if not isinstance(value, str) or "://" not in value:
             return super().convert(value, param, ctx)
+        if ctx is not None and ctx.meta.get(AS_WRITTEN):
+            return value
         from trainer.storage import location
 
         try:

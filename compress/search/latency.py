@@ -12,6 +12,7 @@ Legend: K rows scored, F lookups, P pieces (tiers of lookups: the physical table
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import platform
@@ -313,6 +314,7 @@ def _drawn(rng: random.Random, most_tables: int) -> Shape:
     return Shape(tuple(tables), Workload(lengths, bags and rng.random() < 0.5), rows)
 
 
+@functools.cache
 def calibrate_machine(seconds: float = 4.0) -> MachineCosts:
     """Fit the costs of this machine on real lookups of drawn shapes, in about so many seconds on one thread."""
     shapes = drawn_shapes(SHAPES, seed=0)

@@ -59,13 +59,17 @@ class Lessons:
 
 @dataclass(frozen=True)
 class Preparation:
-    """What a search works on. profiles: whole, for writing the artifact; those of `shared` are slim."""
+    """What a search works on. profiles: whole, for writing the artifact; those of `shared` are slim.
+
+    search_rows: the search's sample, in no order: heads are converted and fine-tuned by some of them.
+    """
 
     checkpoint: Checkpoint
     dataset: Dataset
     search: SearchConfig
     profiles: dict[str, TableProfile]
     shared: Shared
+    search_rows: Rows
     selection: Sample
     gate_rows: Rows
     lessons: Lessons
@@ -95,8 +99,9 @@ def prepare(
     whole = sample_of(checkpoint, dataset, profiles, rows)
     ends = rung_ends(len(rows), search.rungs)
     rungs = tuple(whole.take(np.arange(a, b)) for a, b in zip([0, *ends[:-1]], ends, strict=True))
+    held = rows.take(np.arange(min(len(rows), HEAD_ROWS)))  # of the search's: the gate's rows have no part in a head
     lessons = Lessons(
-        *(extract(checkpoint, dataset.transform, None, spread_rows(dataset, s, HEAD_ROWS)) for s in ("train", "val"))
+        *(extract(checkpoint, dataset.transform, None, r) for r in (spread_rows(dataset, "train", HEAD_ROWS), held))
     )
     progress("time lookups", 0, 1)
     request = request_of(dataset.transform, rows.take(np.arange(min(len(rows), 10_000))).encoded)
@@ -118,6 +123,7 @@ def prepare(
         search,
         profiles,
         shared,
+        rows,
         sample_of(checkpoint, dataset, profiles, selection),
         gate_rows,
         lessons,

@@ -185,7 +185,8 @@ def calibrate_some(
         return [], None
     taught = min(asked.steps * asked.batch_size, TUNED_ROWS)
     train = ready.sample(spread_rows(dataset, "train", taught)).working
-    held = ready.sample(spread_rows(dataset, "val", asked.held_rows)).working
+    own_rows = np.arange(min(len(ready.search_rows), asked.held_rows))
+    held = ready.sample(ready.search_rows.take(own_rows)).working  # the gate's rows have no part in a head
     room = Classroom(ready.shared, train, held, ready.lessons, asked, dataset.negative_rate)
     own = [finalist_of(ready.shared, t) for t in chosen]
     progress("calibrate", 0, len(own))

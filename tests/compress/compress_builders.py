@@ -96,7 +96,9 @@ FEATURES: tuple[dict[str, Any], ...] = (
 )
 
 
-def run_config(log: Path, *, tasks: Sequence[str], arch: str, catalogue: bool) -> RunConfig:
+def run_config(
+    log: Path, *, tasks: Sequence[str], arch: str, catalogue: bool, tune: dict[str, Any] | None = None
+) -> RunConfig:
     """The run of `raw_log`: tables of every kind, one shared by two features, dims 4 to 16."""
     return RunConfig.model_validate(
         {
@@ -111,6 +113,7 @@ def run_config(log: Path, *, tasks: Sequence[str], arch: str, catalogue: bool) -
                 "features": list(FEATURES),
             },
             "model": {"arch": arch, "embedding_dim": 8, "top_mlp": [16, 8], "bottom_mlp": [8], "cross_rank": 4},
+            "tune": tune or {},
         }
     )
 
@@ -219,13 +222,26 @@ def build_world(
     tasks: Sequence[str] = ("click",),
     arch: str = "dcn",
     catalogue: bool = True,
+    tune: dict[str, Any] | None = None,
 ) -> World:
     """Write a log, its prepared data and a checkpoint under `folder`, and open them."""
     raw = raw_log(rows, seed)
     write_log(raw, folder / "log")
-    run = run_config(folder / "log", tasks=tasks, arch=arch, catalogue=catalogue)
+    run = run_config(folder / "log", tasks=tasks, arch=arch, catalogue=catalogue, tune=tune)
     dataset = prepare_here(run, raw, folder / "prepared")
     return World(folder, raw, run, dataset, save_random_checkpoint(run, dataset, folder / "checkpoint", seed + 1))
+
+
+def clicked_world(folder: Path, *, rows: int, tune: dict[str, Any]) -> World:
+    """A world whose clicks are drawn from its own model, so that whatever compression changes costs NE."""
+    drawn = build_world(folder / "drawn", rows=rows)
+    logits_N = drawn.fp32.score_encoded(drawn.dataset.transform.encode(drawn.raw))[:, 0]
+    clicks_N = np.random.default_rng(8).random(rows) < 1 / (1 + np.exp(-logits_N))
+    raw = drawn.raw.set_column(drawn.raw.column_names.index("click"), "click", pa.array(clicks_N.astype(np.int8)))
+    write_log(raw, folder / "log")
+    run = run_config(folder / "log", tasks=("click",), arch="dcn", catalogue=True, tune=tune)
+    dataset = prepare_here(run, raw, folder / "prepared")
+    return World(folder, raw, run, dataset, save_random_checkpoint(run, dataset, folder / "checkpoint", 1))
 
 
 def extended_world(old: World, folder: Path, rows: int = 1500, seed: int = 11) -> World:

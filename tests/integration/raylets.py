@@ -1,8 +1,8 @@
 """A cluster of several raylets on this machine: a head that runs no trials, and two nodes of one CPU each.
 
 python raylets.py TEMP_FOLDER. Prints its dashboard's URL as JSON, then answers each line of stdin with one of JSON:
-`remove NODE` kills a node as a machine that loses power does, `trials JOB` names the nodes where a
-job's actors held a CPU, `status JOB` tells how it is. The end of stdin ends the cluster.
+`remove NODE` kills a node as a machine that loses power does, `status JOB` tells how a job is. The end of stdin ends
+the cluster.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 from ray.cluster_utils import Cluster
 from ray.job_submission import JobSubmissionClient
-from ray.util.state import list_actors
 
 NODES = ("node1", "node2")
 MEMORY = {"object_store_memory": 10**8}
@@ -47,7 +46,6 @@ def main(folder: str) -> None:
     Path(folder, "head", "ray_current_cluster").write_text(cluster.address, encoding="utf-8")
     try:
         nodes = {name: add_node(cluster, name, folder) for name in NODES}
-        names = {node.node_id: name for name, node in nodes.items()}
         url = f"http://127.0.0.1:{port}"
         say({"url": url})
         for line in sys.stdin:
@@ -55,11 +53,6 @@ def main(folder: str) -> None:
             if what == "remove":
                 cluster.remove_node(nodes[of], allow_graceful=False)
                 say(of)
-            elif what == "trials":
-                job = [("job_id", "=", str(JobSubmissionClient(url).get_job_info(of).job_id))]
-                actors = list_actors(address=url, filters=job, detail=True, limit=10_000)
-                holding = [a for a in actors if any(r.startswith("CPU") for r in a.required_resources)]
-                say(sorted({names[a.node_id] for a in holding if a.node_id}))
             else:
                 say(JobSubmissionClient(url).get_job_status(of))
     finally:

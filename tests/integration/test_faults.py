@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from process_tree import descendants
 
 from trainer.checkpoint import open_checkpoint
 from trainer.config import RunConfig, load_run
@@ -77,31 +78,6 @@ def assert_equal_runs(left: Path, right: Path) -> None:
     assert first.metrics == second.metrics
     for key in first.keys():  # noqa: SIM118
         assert torch.equal(first.read(key), second.read(key)), key
-
-
-def parents() -> dict[int, tuple[int, str]]:
-    """Parent and command of every process of this machine."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            command = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        except (OSError, IndexError):
-            continue
-        found[int(path.name)] = parent, command
-    return found
-
-
-def descendants(root: int, word: str = "") -> list[int]:
-    """Processes below `root` whose command holds `word`."""
-    tree = parents()
-
-    def below(pid: int) -> bool:
-        while pid in tree and pid != root:
-            pid = tree[pid][0]
-        return pid == root
-
-    return [pid for pid, (_, command) in tree.items() if pid != root and word in command and below(pid)]
 
 
 class Killer:
