@@ -27,7 +27,7 @@ from compress.search.working_set import WorkingSet, score
 
 @dataclass(frozen=True)
 class Variant:
-    """What a plan of the dense part came to: its head (None: the checkpoint's own), bytes of its files, ms a request."""
+    """What a plan of the dense part came to: its head (None: the checkpoint's own), bytes of its files, its ms."""
 
     head: nn.Module | None
     bytes: int

@@ -20,7 +20,7 @@ COSTS = MachineCosts(machine="made up", ns=dict.fromkeys(TERMS, 20.0), relative_
 INT8, BF16 = DensePlan(dtype="int8", max_loss=1.0), DensePlan(dtype="bf16", max_loss=1.0)
 SPACE = Space(dense=Choice(choice=(DensePlan(), INT8, BF16)))
 EIGHT = Choice(choice=((8, 16),))
-CALIBRATE = CalibrationPlan(steps=20, batch_size=128, evaluations=4, held_rows=400)
+CALIBRATE = CalibrationPlan(steps=20, batch_size=128, lr=1e-2, target="labels", evaluations=4, held_rows=400)
 SEARCH = SearchConfig(
     space=SPACE, sample_rows=1200, selection_rows=800, gate_rows=2000, max_delta_ne=0.01, calibrate=CALIBRATE
 )
