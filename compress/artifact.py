@@ -286,7 +286,11 @@ def golden_table(sample: pa.Table, model: CompressedModel) -> pa.Table:
     may be in an artifact.
     """
     rows = sample.slice(0, GOLDEN_ROWS)
-    logits = model.score_encoded(model.transform.encode(rows))
+    return golden_rows(rows, model.score_encoded(model.transform.encode(rows)))
+
+
+def golden_rows(rows: pa.Table, logits: np.ndarray) -> pa.Table:
+    """Raw rows beside their log-odds (N, T) float32."""
     columns = {name: flat(rows[name]) for name in rows.column_names if not _is_empty(rows.schema.field(name).type)}
     expected = pa.FixedSizeListArray.from_arrays(pa.array(logits.ravel()), logits.shape[1])
     return pa.table({**columns, "_expected": expected})

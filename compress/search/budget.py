@@ -142,7 +142,7 @@ def _within(
     best: tuple[float, Budgeted] | None = None
     for _ in range(ROUNDS):
         try:
-            chosen, cost = _uniform(profiles, predicted, spare) if tables is None else tables.within(spare)
+            chosen, cost, told = _uniform(profiles, predicted, spare) if tables is None else tables.within(spare)
         except PlanError:
             if best is None:
                 raise
@@ -157,7 +157,9 @@ def _within(
         least = min(least or taken, taken)
         if 0 <= budget - taken <= CLOSE * budget or (per_table and taken <= budget):
             break
-        spare += budget - taken  # bytes are estimated before tiers are known: what was left over is given out
+        # bytes are estimated before tiers are known: what was left over is given out, and what was too much comes off
+        # the estimate itself, which may lie below what it was given
+        spare = (told if taken > budget else spare) + budget - taken
     if best is None:
         raise PlanError(f"budget {budget:,} bytes: too tight for the tables' alignment: give {least:,} bytes")
     return best[1]
@@ -183,8 +185,8 @@ class TieredTables:
         }
         self.menus = Menus(list(self.options.values()))
 
-    def within(self, budget: int) -> tuple[dict[str, tuple[TablePlan, float]], float]:
-        """The plan and predicted loss of each table, and what all cost with their prices.
+    def within(self, budget: int) -> tuple[dict[str, tuple[TablePlan, float]], float, int]:
+        """The plan and predicted loss of each table, what all cost with their prices, and about how many bytes.
 
         Raises: PlanError when the budget is below the floor.
         """
@@ -196,7 +198,7 @@ class TieredTables:
             way = self.ways[name][picks[index]]
             plan = tiers_of(profile, self.predicted[name], found.choices[index], way)
             plans[name] = plan, float(found.loss[index])
-        return plans, found.cost
+        return plans, found.cost, self.base + int(found.bytes.sum())
 
 
 def floor_bytes_of(profiles: Mapping[str, TableProfile], predicted: Mapping[str, Predicted]) -> int:
@@ -305,8 +307,8 @@ def bits_of(predicted: Predicted, option: int) -> Bits:
 
 def _uniform(
     profiles: Mapping[str, TableProfile], predicted: Mapping[str, Predicted], budget: int
-) -> tuple[dict[str, tuple[TablePlan, float]], float]:
-    """One number of bits a table, all rows kept, and the loss."""
+) -> tuple[dict[str, tuple[TablePlan, float]], float, int]:
+    """One number of bits a table, all rows kept, the loss and about how many bytes."""
     options = []
     for name, profile in profiles.items():
         rows, dim = profile.info.num_embeddings, profile.info.embedding_dim
@@ -320,4 +322,4 @@ def _uniform(
             TablePlan(bits=bits_of(p, option), clip=p.clip(slice(None), option)),
             float(p.loss[:, option].sum()),
         )
-    return plans, found.loss
+    return plans, found.loss, found.bytes

@@ -112,8 +112,8 @@ def gate(
 ) -> tuple[int, dict[str, Any]]:
     """The last of `order` before the first whose bound on the gate's rows is not within the budget, and the verdict.
 
-    `qualities`: of each of `order` there; those after the first refusal are not looked at. As the order was
-    settled before and the first refusal ends it, each bound
+    `qualities`: of each of `order` there; those after the first refusal are not looked at. As the order was settled
+    before and the first refusal ends it, each bound
     at 95% keeps the whole at 95% (fixed-sequence testing). If the first one is refused, it is what is returned, and the
     verdict says that it did not pass.
     Source: Angelopoulos et al., Learn then Test, 2021.

@@ -88,7 +88,7 @@ def calibrated(room: Classroom, finalist: Finalist) -> Finalist:
         **finalist.trial,
         "params": {**finalist.trial["params"], "calibrate": f"{room.plan.steps} steps"},
         "origin": "calibrated",
-        **sizes(room.shared, resolved, room.shared.variants[str(finalist.trial["params"]["dense"])]),
+        **sizes(room.shared, plan, resolved, room.shared.variants[str(finalist.trial["params"]["dense"])]),
         **quality(labels, logits, reference, tasks_of(room.train.transform), room.shared.seed),
         "rungs": [],
         "plan": plan.model_dump(mode="json", exclude_defaults=True),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from compress.compressor import HEAD_ROWS, convert_head, resolve
 from compress.config import Choice, Range, SearchConfig, Space
-from compress.dense import sides_of
+from compress.dense import make_runtime, sides_of
 from compress.errors import PlanError
 from compress.methods.dense import DensePlan, simplify
 from compress.model import SCORE_ROWS
@@ -24,6 +24,7 @@ from compress.search.budget import CODEBOOKS, floor_bytes_of, parse_budget
 from compress.search.decide import split_rows
 from compress.search.halving import rung_ends
 from compress.search.latency import HeadTimes, Latency, calibrate_machine, request_of
+from compress.search.overhead import fixed_bytes, head_bytes
 from compress.search.planner import Planner, correction
 from compress.search.profile import TableProfile, profile_tables
 from compress.search.sensitivity import predict, sensitivities
@@ -116,7 +117,7 @@ def prepare(
     space = within_reach(search.space, planner, search.max_table_bytes)
     some = whole.take(np.arange(min(len(rows), MEASURED_ROWS)))
     planner = replace(planner, corrections=measured_corrections(planner, space, some, parallel, progress))
-    shared = Shared(space, planner, rungs, variants, other_bytes(dataset), search.seed)
+    shared = Shared(space, planner, rungs, variants, fixed_bytes(checkpoint, dataset), search.seed)
     return Preparation(
         checkpoint,
         dataset,
@@ -159,8 +160,7 @@ def convert_heads(lessons: Lessons, space: Space, times: HeadTimes, progress: Re
         own = own_head(lessons.train)
         plain = plan == DensePlan()
         head = simplify(own) if plain else lessons.convert(own, plan)
-        stored = own if plain else head
-        size = sum(t.numel() * t.element_size() for t in stored.state_dict().values())
+        size = head_bytes(own if plain else make_runtime(head, times.sides, plan))
         ms = times.ms(plan, lambda head=head: head)  # type: ignore[misc]
         variants[label(plan)] = Variant(None if plain else head, size, ms)
         progress("heads", index + 1, len(space.dense.choice))
@@ -175,20 +175,22 @@ def within_reach(space: Space, planner: Planner, max_table_bytes: str | None) ->
     most = 1.0 if max_table_bytes is None else parse_budget(max_table_bytes, planner.fp32_bytes) / planner.fp32_bytes
     floor = ABOVE_FLOOR * floor_bytes_of(planner.profiles, planner.predicted) / planner.fp32_bytes
     knob = space.budget
-    values = (knob.low, knob.high) if isinstance(knob, Range) else knob.choice
-    if min(values) > most or max(values) < floor:
-        raise PlanError(
-            f"tune.space.budget {list(values)}: the tables take {floor:.4f} of fp32 at the least"
-            f"{'' if most == 1.0 else f', and max_table_bytes allows {most:.4f}'}: give budgets between"
-        )
     if isinstance(knob, Range):
         low, high = max(knob.low, floor), min(knob.high, most)
-        fixed = Choice[float](choice=(high,))
-        reach = knob.model_copy(update={"low": low, "high": high}) if low < high else fixed
-        return space.model_copy(update={"budget": reach})
-    return space.model_copy(
-        update={"budget": knob.model_copy(update={"choice": tuple(v for v in knob.choice if floor <= v <= most)})}
-    )
+        between = [low, high] if low < high else [high] * (low == high)
+    else:
+        between = [v for v in knob.choice if floor <= v <= most]
+    if not between:
+        values = [knob.low, knob.high] if isinstance(knob, Range) else list(knob.choice)
+        raise PlanError(
+            f"tune.space.budget {values}: the tables take {floor:.4g} of fp32 at the least"
+            f"{'' if most == 1.0 else f', and max_table_bytes allows {most:.4g}'}: give budgets between"
+        )
+    if isinstance(knob, Range) and len(between) > 1:
+        reach: Range | Choice[float] = knob.model_copy(update={"low": low, "high": high})
+    else:
+        reach = Choice[float](choice=tuple(between))
+    return space.model_copy(update={"budget": reach})
 
 
 def measured_corrections(
@@ -228,11 +230,3 @@ def measured_loss(shared: tuple[Sample, Any], table: str) -> tuple[float, float]
         axis=0,
     )
     return float(change.mean()), float(change.std() / np.sqrt(len(change)))
-
-
-def other_bytes(dataset: Dataset) -> int:
-    """About what an artifact's files take beside tables, ids and the dense part: the transform and the catalogue."""
-    import json
-
-    items = dataset.items()
-    return len(json.dumps(dataset.transform.describe())) + (0 if items is None else items.nbytes)

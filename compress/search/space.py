@@ -34,7 +34,7 @@ def label(value: Any) -> str:
         return own["dtype"] if list(own) == ["dtype"] else " ".join(f"{k}={v}" for k, v in own.items()) or "fp32"
     if isinstance(value, tuple):
         return ",".join(map(str, value))
-    return f"{value:g}"
+    return f"{value:g}" if float(f"{value:g}") == value else str(value)
 
 
 def choices(knob: Choice) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from compress.compressor import ResolvedTable, resolve, table_bytes
 from compress.config import CompressionPlan, Space
 from compress.errors import PlanError
 from compress.search.objective import by_task, delta_ne, top_overlap, worst
+from compress.search.overhead import plan_bytes
 from compress.search.planner import Planner
 from compress.search.space import Params, label, setting
 from compress.search.working_set import WorkingSet, score
@@ -26,7 +27,7 @@ from compress.search.working_set import WorkingSet, score
 
 @dataclass(frozen=True)
 class Variant:
-    """What a plan of the dense part came to: its head (None: the checkpoint's own), bytes on disk, ms of a request."""
+    """What a plan of the dense part came to: its head (None: the checkpoint's own), bytes of its files, its ms."""
 
     head: nn.Module | None
     bytes: int
@@ -82,7 +83,7 @@ class Running:
         chosen = setting(self.shared.space, self.params)
         self.plan = self.shared.planner.plan(chosen).plan
         self.resolved = resolve(self.plan, self.shared.planner.profiles)
-        self.sizes = sizes(self.shared, self.resolved, self.shared.variants[label(chosen["dense"])])
+        self.sizes = sizes(self.shared, self.plan, self.resolved, self.shared.variants[label(chosen["dense"])])
         self.head = self.shared.variants[label(chosen["dense"])].head
         self.seconds = time.monotonic() - begun
 
@@ -119,14 +120,16 @@ class Running:
         return [t.name for t in self.shared.rungs[0].working.transform.schema.tasks]
 
 
-def sizes(shared: Shared, resolved: Mapping[str, ResolvedTable], variant: Variant) -> dict[str, float]:
+def sizes(
+    shared: Shared, plan: CompressionPlan, resolved: Mapping[str, ResolvedTable], variant: Variant
+) -> dict[str, float]:
     """Bytes of the tables and of the whole artifact, and predicted milliseconds of a request."""
     tables = table_bytes(resolved)
     latency = shared.planner.latency
     lookup_ms = latency.request.lookup_ms([r.stored for r in resolved.values()], latency.costs)
     return {
         "table_bytes": tables,
-        "artifact_bytes": tables + variant.bytes + shared.other_bytes,
+        "artifact_bytes": tables + variant.bytes + plan_bytes(plan, resolved) + shared.other_bytes,
         "ms": lookup_ms + variant.ms,
     }
 

@@ -6,13 +6,14 @@ Legend: E buckets in order of rank, B options in order of rising bits.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from compress.errors import PlanError
 from compress.search import allocate as module
-from compress.search.allocate import Allocation, Options, allocate, floor_bytes, knapsack
+from compress.search.allocate import Allocation, Menus, Options, allocate, floor_bytes, knapsack
 
 
 def random_table(rng: np.random.Generator, buckets: int, options: int, fixed: bool, name: str = "t") -> Options:
@@ -159,6 +160,100 @@ def test_a_budget_below_the_floor_is_refused_with_what_holds_it_up(solve: object
 def test_allocate_refuses_options_that_do_not_fit(table: Options, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         allocate([table], 100)
+
+
+# -- several menus a table --------------------------------------------------------------------------------------------
+
+
+def random_menus(seed: int, tables: int = 2, buckets: int = 3, options: int = 3) -> list[list[Options]]:
+    """Tables of two menus each, whose first has the fewest bytes: cheaper there, less loss in the other."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for index in range(tables):
+        small = random_table(rng, buckets, options, True, f"t{index}")
+        assert small.fixed_B is not None
+        better = replace(
+            small,
+            bytes_EB=small.bytes_EB + rng.integers(0, 4, small.bytes_EB.shape),
+            loss_EB=small.loss_EB * rng.uniform(0.4, 1.05, small.loss_EB.shape),
+            fixed_B=small.fixed_B + rng.integers(0, 6, options),
+        )
+        found.append([small, better])
+    return found
+
+
+def every_pick(menus: list[list[Options]]) -> list[tuple[int, float]]:
+    """Bytes and loss of every plan of every way to pick a menu."""
+    return [plan for tables in itertools.product(*menus) for plan in every_plan(list(tables))]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_menus_are_the_optimum_at_every_size_on_the_hull(seed: int) -> None:
+    menus = random_menus(seed)
+    plans = every_pick(menus)
+    both = Menus(menus)
+    on_hull = 0
+    for size, loss in set(plans):
+        left = [(loss2 - loss) / (size - size2) for size2, loss2 in plans if size2 < size]
+        right = [(loss - loss2) / (size2 - size) for size2, loss2 in plans if size2 > size]
+        if all(loss <= v for s, v in plans if s == size) and min(left, default=np.inf) > max(max(right, default=0), 0):
+            on_hull += 1
+            assert both.allocate(size)[1].loss.sum() == pytest.approx(loss)
+    assert on_hull > 4
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_menus_lie_between_the_hull_and_the_best_of_all_plans(seed: int) -> None:
+    menus = random_menus(seed)
+    plans = every_pick(menus)
+    both = Menus(menus)
+    for budget in np.linspace(min(b for b, _ in plans), max(b for b, _ in plans), 9).astype(int):
+        picks, found = both.allocate(int(budget))
+        check_counts([several[p] for several, p in zip(menus, picks, strict=True)], found, int(budget))
+        assert found.loss.sum() >= min(loss for size, loss in plans if size <= budget) - 1e-9
+        penalised = [loss + found.multiplier * size for size, loss in plans]
+        hull = [plan for plan, value in zip(plans, penalised, strict=True) if value <= min(penalised) + 1e-9]
+        assert found.loss.sum() <= max(loss for size, loss in hull if size <= budget) + 1e-9
+
+
+def test_menus_asked_again_in_any_order_answer_as_fresh_ones() -> None:
+    """What is remembered changes nothing but the work: near the same multiplier, so within the last move."""
+    menus = random_menus(3, tables=6, buckets=24, options=5)
+    floor = int(floor_bytes([several[0] for several in menus]).sum())
+    most = sum(int(o.bytes_EB.max(1).sum()) for several in menus for o in several[:1])
+    budgets = np.linspace(floor, most, 9).astype(int).tolist()
+    fresh = {b: Menus(menus).allocate(b)[1] for b in budgets}
+    for order in (budgets, budgets[::-1], [budgets[i] for i in (4, 0, 8, 4, 2, 6)]):
+        kept = Menus(menus)
+        for budget in order:
+            found = kept.allocate(budget)[1]
+            assert found.bytes.sum() <= budget
+            assert found.cost == pytest.approx(fresh[budget].cost, rel=5e-3)
+            again = kept.allocate(budget)[1]
+            assert again.cost == pytest.approx(found.cost, rel=5e-3)
+
+
+def test_menus_of_more_bytes_cost_no_more_and_no_more_than_one_menu_alone() -> None:
+    menus = random_menus(5, tables=8, buckets=48, options=5)
+    floor = int(floor_bytes([several[0] for several in menus]).sum())
+    most = sum(int(several[1].bytes_EB.max(1).sum()) for several in menus) + 200
+    both, costs = Menus(menus), []
+    for budget in np.linspace(floor, most, 10).astype(int):
+        costs.append(both.allocate(int(budget))[1].cost)
+        alone = allocate([several[0] for several in menus], int(budget)).cost
+        assert costs[-1] <= alone * (1 + 5e-3)
+    assert (np.diff(costs) <= 5e-3 * np.array(costs[:-1])).all()
+    assert both.allocate(most * 2)[1].multiplier == 0
+
+
+def test_menus_of_no_table_and_a_budget_below_the_floor() -> None:
+    picks, found = Menus([]).allocate(0)
+    assert (picks, found.choices) == ([], [])
+    menus = random_menus(0)
+    floor = int(floor_bytes([several[0] for several in menus]).sum())
+    with pytest.raises(PlanError, match=f"budget {floor - 1:,} bytes: the tables need {floor:,} at least"):
+        Menus(menus).allocate(floor - 1)
+    assert Menus(menus).allocate(floor)[1].bytes.sum() == floor
 
 
 # -- one option a table ----------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,6 +107,30 @@ def test_fused_chain_equals_its_layers():
         assert chain[0](x).dtype == torch.uint8
         torch.testing.assert_close(chain(x), apart, rtol=0, atol=0.01)
         assert (chain(x) - apart).abs().mean() < 1e-4  # where rounding falls the other way, by one code
+
+
+def test_int8_head_is_sent_to_another_process_without_what_is_packed():
+    """Whether its layers were used before or not; packed weights belong to the process that packed them."""
+    head = make_head("dcn")
+    quantized = quantize_head(simplify(head), batches(2), "int8")
+    before = pickle.dumps(quantized)
+    with torch.inference_mode():
+        expected = [quantized(*b) for b in batches(2, seed=5)]
+    layers = [m for m in quantized.modules() if isinstance(m, Int8Linear)]
+    assert layers
+    assert all(m.packed for m in layers)
+    after = pickle.dumps(quantized)
+    assert len(after) < 1.05 * len(before)
+    for sent in (before, after):
+        again = pickle.loads(sent)
+        assert not any(m.packed for m in again.modules() if isinstance(m, Int8Linear))
+        assert not any("packed" in name for m in again.modules() for name in m._buffers)
+        assert again.state_dict().keys() == quantized.state_dict().keys()
+        with torch.inference_mode():
+            for inputs, logits in zip(batches(2, seed=5), expected, strict=True):
+                assert torch.equal(again(*inputs), logits)
+    with torch.inference_mode():  # the one that was sent works on
+        assert torch.equal(quantized(*batches(2, seed=5)[0]), expected[0])
 
 
 def test_input_scale_clips_what_is_rare():

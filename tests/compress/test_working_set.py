@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,40 @@ def test_trial_does_not_write_into_what_is_shared(world: World) -> None:
         plan = CompressionPlan.model_validate(PLANS[name]).model_copy(update={"order": "frequency"})
         score(working, slim_resolved(world, plan))
     assert all(np.array_equal(before[k], v) for k, v in working.weights.items())
+
+
+@pytest.mark.parametrize("name", ["tiers", "centroids", "bits 0, by fisher, forgotten", "low rank, tiers", "mixed"])
+def test_taken_rows_score_as_they_do_in_the_whole(world: World, name: str) -> None:
+    rows, plan = some_rows(world, 120), CompressionPlan.model_validate(PLANS[name])
+    working, resolved = working_set(world, rows, plan.order), slim_resolved(world, plan)
+    for index in (np.arange(10, 40), np.array([5, 3, 3, 99, 0]), np.arange(120)[::-1], np.array([7])):
+        part = working.take(index)
+        # fp32 products of another number of rows may round otherwise
+        np.testing.assert_allclose(score(part, resolved), score(working, resolved)[index], rtol=0, atol=1e-6)
+        assert np.array_equal(part.labels, working.labels[index])
+
+
+def test_taken_rows_have_the_working_set_of_a_sample_of_them(world: World) -> None:
+    rows, index = some_rows(world, 120), np.arange(20, 35)
+    part, alone = working_set(world, rows).take(index), working_set(world, rows.take(index))
+    for name in part.weights:
+        assert np.array_equal(part.weights[name], alone.weights[name])
+        assert np.array_equal(part.ranks[name], alone.ranks[name])
+        assert {tuple(m) for m in part.mates[name]} == {tuple(m) for m in alone.mates[name]}
+        assert part.clusters[name].keys() == alone.clusters[name].keys()
+        assert all(np.array_equal(part.clusters[name][c], alone.clusters[name][c]) for c in part.clusters[name])
+    for name, ragged in part.sample.sparse.items():
+        assert np.array_equal(ragged.values, alone.sample.sparse[name].values)
+    assert part.bytes < working_set(world, rows).bytes
+
+
+def test_score_with_another_head_is_that_heads(world: World) -> None:
+    """A head that adds one to what the checkpoint's own says."""
+    working = working_set(world, some_rows(world, 30))
+    resolved = slim_resolved(world, CompressionPlan.model_validate(PLANS["tiers"]))
+    state = {**working.dense, "out.bias": working.dense["out.bias"] + 1}
+    other = trial_model(replace(working, dense=state), None)[0].head
+    np.testing.assert_allclose(score(working, resolved, other), score(working, resolved) + 1, rtol=0, atol=1e-5)
 
 
 # -- ids that share a class ------------------------------------------------------------------------------------------
