@@ -34,21 +34,21 @@ CHUNK_ROWS = 1 << 20
 
 @dataclass(frozen=True)
 class World:
-    """A checkpoint and its data, in files, and the rows of its tables together."""
+    """The folder of a checkpoint and its data, and the rows of its tables together."""
 
     rows: int
-    checkpoint: Path
-    data: Path
+    folder: Path
 
     def open(self) -> tuple[Checkpoint, Dataset]:
         """The checkpoint, and the data as wide as its tables; verified when they were written."""
-        checkpoint = open_checkpoint(self.checkpoint, verify=False)
-        return checkpoint, open_dataset(self.data).sized(checkpoint.run.data, checkpoint.run.model.embedding_dim)
+        checkpoint = open_checkpoint(self.folder / "checkpoint", verify=False)
+        return checkpoint, open_dataset(self.folder / "prepared").sized(
+            checkpoint.run.data, checkpoint.run.model.embedding_dim
+        )
 
     def remove(self) -> None:
         """Remove its files."""
-        shutil.rmtree(self.checkpoint)
-        shutil.rmtree(self.data)
+        shutil.rmtree(self.folder)
 
 
 def write_grown_log(folder: Path, rows: int) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def grown(
     shutil.rmtree(scratch)
     shutil.rmtree(folder / "checkpoint-untrained", ignore_errors=True)
     total = sum(table.num_embeddings for table in tables.values())
-    return World(total, folder / "checkpoint", folder / "prepared")
+    return World(total, folder)
 
 
 def random_rows(path: Path, table: TableInfo) -> np.ndarray:

@@ -15,7 +15,10 @@ worlds: it shows that every part runs, its figures mean little.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import logging
+import math
 import multiprocessing
 import os
 import pickle
@@ -59,7 +62,6 @@ from trainer.data.reader import Rows, spread_rows
 
 PARTS = ("size", "naive", "search", "workers")
 SPAWN = multiprocessing.get_context("spawn")
-TURNS = 3
 NE_REFERENCE = 10.0  # times the allowed delta NE: a plan that loses more dominates nothing
 NAIVE_RATIO = 20.0
 SETTINGS: tuple[Params, ...] = tuple(
@@ -83,19 +85,23 @@ class Scale:
     rows: tuple[int, int]
     naive: tuple[int, ...]
     sample_rows: int
+    other_rows: int
     trials: int
     seeds: int
     seconds: float
     worker_trials: int
+    turns: int
 
     def search(self, **options: Any) -> SearchConfig:
         """The search, its samples as large as here."""
-        rows = {f"{name}_rows": self.sample_rows for name in ("sample", "selection", "gate")}
-        return SearchConfig(**rows, **options)
+        others = {"selection_rows": self.other_rows, "gate_rows": self.other_rows}
+        return SearchConfig(sample_rows=self.sample_rows, **others, **options)
 
 
-FULL = Scale(1_000_000, 1500, (1_000_000, 100_000_000), (1_000_000, 4_000_000, 10_000_000), 100_000, 64, 5, 90.0, 48)
-QUICK = Scale(100_000, 150, (100_000, 1_000_000), (100_000, 400_000), 10_000, 8, 1, 10.0, 8)
+FULL = Scale(
+    1_000_000, 1500, (1_000_000, 100_000_000), (1_000_000, 4_000_000, 10_000_000), 100_000, 100_000, 64, 5, 90.0, 48, 3
+)
+QUICK = Scale(48_000, 100, (50_000, 500_000), (50_000, 200_000), 13_400, 500, 6, 1, 12.0, 6, 1)
 
 
 @dataclass(frozen=True)
@@ -121,10 +127,12 @@ class Bench:
 
     folder: Path
     scale: Scale
+    naive_rows: Sequence[int]
     began: float = field(default_factory=time.monotonic)
     log: dict[str, Any] = field(default_factory=dict)
     dense: dict[str, torch.Tensor] | None = None
     ready: dict[int, Ready] = field(default_factory=dict)
+    by_hand: dict[int, list[dict[str, float]]] = field(default_factory=dict)
     results: list[dict[str, Any]] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -141,10 +149,10 @@ class Bench:
         )
         self.tell(f"  {name}: {value:,.4g} {unit}" + ("" if to is None else f", {rounded} of {to}"))
 
-    def prepared(self, rows: int, naive: Sequence[Params] = ()) -> tuple[Ready, list[dict[str, float]]]:
-        """A world of so many rows, prepared; seconds of the naive way of some settings. The world is removed again."""
-        if rows in self.ready and not naive:
-            return self.ready[rows], []
+    def prepared(self, rows: int) -> Ready:
+        """A world of so many rows, prepared, and where the naive way is measured, that as well; then it is removed."""
+        if rows in self.ready:
+            return self.ready[rows]
         if not self.log:
             self.tell("writing the log")
             self.log = write_grown_log(self.folder / "log", self.scale.log_rows)
@@ -153,10 +161,10 @@ class Bench:
         self.dense = world.open()[0].dense_state() if self.dense is None else self.dense
         self.tell(f"preparing a search over {rows:,} rows")
         out = self.folder / f"shared-{rows}.pickle"
-        ready, found = in_child(prepared_world, world, self.scale.search(), out, naive)
+        settings = SETTINGS if rows in self.naive_rows else ()
+        self.ready[rows], self.by_hand[rows] = in_child(prepared_world, world, self.scale.search(), out, settings)
         world.remove()
-        self.ready[rows] = ready
-        return ready, found
+        return self.ready[rows]
 
 
 def main() -> None:
@@ -177,7 +185,9 @@ def main() -> None:
     os.environ.update(ALWAYS)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     torch.set_num_threads(1)
-    bench = Bench(Path(tempfile.mkdtemp(prefix="tune-", dir=args.folder)), scale)
+    bench = Bench(
+        Path(tempfile.mkdtemp(prefix="tune-", dir=args.folder)), scale, scale.naive if "naive" in args.only else ()
+    )
     try:
         for part in args.only:
             bench.tell(f"{part}:")
@@ -259,9 +269,9 @@ def naive_trial(found: Preparation, sample: Sample, rows: Rows, params: Params, 
 
 def size(bench: Bench) -> None:
     """Seconds and memory of trials over small and large tables, in turns."""
-    ready = [bench.prepared(rows)[0] for rows in bench.scale.rows]
+    ready = [bench.prepared(rows) for rows in bench.scale.rows]
     turns: dict[int, list[dict[str, Any]]] = {r.rows: [] for r in ready}
-    for _ in range(TURNS):
+    for _ in range(bench.scale.turns):
         for r in ready:
             turns[r.rows].append(in_child(trials_alone, r))
     bench.details["size"] = {f"{rows:,} rows": found for rows, found in turns.items()}
@@ -340,7 +350,8 @@ def naive(bench: Bench) -> None:
     """Seconds of the naive way by table rows, and how many times those of as many trials of a search."""
     sizes, costs = [], []
     for rows in bench.scale.naive:
-        ready, lines = bench.prepared(rows, SETTINGS)
+        ready = bench.prepared(rows)
+        lines = bench.by_hand[rows]
         bench.details.setdefault("naive", {})[f"{ready.rows:,} rows"] = lines
         sizes.append(ready.rows)
         costs.append(statistics.median(line["seconds"] for line in lines))
@@ -352,8 +363,9 @@ def naive(bench: Bench) -> None:
     asked = bench.scale.search(trials=bench.scale.trials)
     each = 0.0
     for rows in bench.scale.rows:
-        ready = bench.prepared(rows)[0]
-        lines = searched(bench, ready.load()[0], asked, start=True, workers=1)
+        ready = bench.prepared(rows)
+        with local_ray(bench.folder / "ray", 1):
+            lines = searched(bench, ready.load()[0], asked, start=True)
         took = lines[-1]["finished_s"]
         each = max(each, took / len(lines))
         known = dict(zip(sizes, costs, strict=True)).get(ready.rows)
@@ -387,32 +399,34 @@ WAYS = {
 
 def search(bench: Bench) -> None:
     """Hypervolume of each way and seed at half the time and at all of it, on rows that no search saw."""
-    shared, whole, selection = bench.prepared(bench.scale.rows[0])[0].load()
-    limit = bench.scale.search().max_delta_ne
+    asked = bench.scale.search(trials=100_000, minutes=bench.scale.seconds / 60)
+    shared, whole, selection = bench.prepared(bench.scale.rows[0]).load()
     found: dict[str, dict[float, list[float]]] = {name: {0.5: [], 1.0: []} for name in WAYS}
     counts: dict[str, list[int]] = {name: [] for name in WAYS}
-    for seed in range(bench.scale.seeds):
-        for name, way in WAYS.items():
-            asked = bench.scale.search(
-                trials=100_000, minutes=bench.scale.seconds / 60, algorithm=way.algorithm, seed=seed
-            )
-            lines = searched(bench, shared if way.stops else whole, asked, start=way.start, workers=os.cpu_count() or 1)
-            counts[name].append(len(lines))
-            scored: dict[int, float] = {}
-            for share, volumes in found[name].items():
-                there = [t for t in lines if t["finished_s"] <= share * bench.scale.seconds]
-                volumes.append(volume(front_of(there), shared, selection, limit, scored))
-            bench.tell(f"  seed {seed}, {name}: {len(lines)} trials, hypervolume {found[name][1.0][-1]:.4f}")
+    for seed, (name, way) in itertools.product(range(bench.scale.seeds), WAYS.items()):
+        own = asked.model_copy(update={"algorithm": way.algorithm, "seed": seed})
+        with local_ray(bench.folder / "ray", os.cpu_count() or 1):
+            lines = searched(bench, shared if way.stops else whole, own, start=way.start)
+        counts[name].append(len(lines))
+        scored: dict[int, float] = {}
+        for share, volumes in found[name].items():
+            there = [t for t in lines if t["finished_s"] <= share * bench.scale.seconds]
+            volumes.append(volume(front_of(there), shared, selection, asked.max_delta_ne, scored))
+        bench.tell(f"  seed {seed}, {name}: {len(lines)} trials, hypervolume {found[name][1.0][-1]:.4f}")
     bench.details["search"] = {"trials": counts, "hypervolume": found, "seconds": bench.scale.seconds}
     for name, shares in found.items():
         bench.add(f"{name}: trials", statistics.mean(counts[name]), "trials")
         for share, volumes in shares.items():
-            base = statistics.mean(found["random"][share])
-            mean, at = statistics.mean(volumes), f"after {share * bench.scale.seconds:g} s"
-            bench.add(f"{name}: hypervolume {at}", mean, "nats x delta NE / limit", "random", mean / base)
-            if name != "random":
-                better = sum(a > b for a, b in zip(volumes, found["random"][share], strict=True))
-                bench.add(f"{name}: seeds above random {at}", better, f"of {len(volumes)} seeds")
+            add_volumes(bench, f"{name}, {share * bench.scale.seconds:g} s", volumes, found["random"][share])
+
+
+def add_volumes(bench: Bench, name: str, volumes: Sequence[float], random: Sequence[float]) -> None:
+    """Mean hypervolume of a way over seeds, and in how many it is above random search's of the same seed."""
+    mean = statistics.mean(volumes)
+    better = sum(a > b for a, b in zip(volumes, random, strict=True))
+    to = mean / (statistics.mean(random) or math.nan)
+    bench.add(f"{name}: hypervolume", mean, "nats x delta NE / limit", "random", to)
+    bench.add(f"{name}: seeds above random", better, f"of {len(volumes)} seeds")
 
 
 def volume(
@@ -443,12 +457,13 @@ def volume(
 
 def workers(bench: Bench) -> None:
     """Trials a minute of one worker and of two, in turns, once all of them are at work."""
-    _, whole, _ = bench.prepared(bench.scale.rows[0])[0].load()
+    _, whole, _ = bench.prepared(bench.scale.rows[0]).load()
     asked = bench.scale.search(trials=bench.scale.worker_trials, algorithm="random")
     rates: dict[int, list[float]] = {1: [], 2: []}
-    for _ in range(2):
+    for _ in range(bench.scale.turns):
         for count, found in rates.items():
-            ends = sorted(t["finished_s"] for t in searched(bench, whole, asked, start=False, workers=count))
+            with local_ray(bench.folder / "ray", count):
+                ends = sorted(t["finished_s"] for t in searched(bench, whole, asked, start=False))
             first = 2 * count - 1  # each worker has started and done one
             found.append(60 * (len(ends) - 1 - first) / (ends[-1] - ends[first]))
     one = max(rates[1])
@@ -457,18 +472,16 @@ def workers(bench: Bench) -> None:
     bench.details["workers"] = {f"{count}": found for count, found in rates.items()}
 
 
-def searched(bench: Bench, shared: Shared, asked: SearchConfig, start: bool, workers: int) -> list[dict[str, Any]]:
-    """Finished trials of a search on a local Ray with so many workers."""
+def searched(bench: Bench, shared: Shared, asked: SearchConfig, start: bool) -> list[dict[str, Any]]:
+    """Finished trials of a search on the Ray that is connected."""
     first = {"start": start_points(shared.space, min(asked.start, asked.trials))} if start else {}
-    with tempfile.TemporaryDirectory(dir=bench.folder) as out, local_ray(bench.folder / "ray", workers):
+    with tempfile.TemporaryDirectory(dir=bench.folder) as out:
         return run_trials(shared, asked, Limits(asked.max_delta_ne, float("inf")), Path(out), first, silent)[0]
 
 
 @contextmanager
 def local_ray(folder: Path, cpus: int) -> Iterator[None]:
     """A Ray of our own on this machine with so many workers."""
-    import logging
-
     import ray
 
     options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
