@@ -9,6 +9,7 @@ Legend: N rows of a table, D embedding dim.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -33,18 +34,27 @@ EVAL_ROWS = 50_000
 HEAD = CalibrationPlan(steps=1500, batch_size=2048, lr=2e-3, target="labels", evaluations=10)
 
 
-def planted_rows(dataset: Dataset, raw: Path, seed: int) -> dict[str, np.ndarray]:
-    """Rows (N, D) float32 of each table: effect and pair vector of each id, turned by a rotation of the table's own."""
+def planted_rows(
+    dataset: Dataset, raw: Path, seed: int, into: Mapping[str, np.ndarray] | None = None
+) -> Mapping[str, np.ndarray]:
+    """Rows (N, D) float32 of each table: effect and pair vector of each id, turned by a rotation of the table's own.
+
+    `into`: arrays to write them into, whose other rows stay as they are; zeros by default. Where ids of a hash table
+    share a row, it is that of one of them.
+    """
     rng = np.random.default_rng(seed)
-    found = {}
-    for name, table in dataset.transform.tables.items():
-        found[name] = np.zeros((table.num_embeddings, table.embedding_dim), dtype=np.float32)
+    found = into or {
+        name: np.zeros((table.num_embeddings, table.embedding_dim), dtype=np.float32)
+        for name, table in dataset.transform.tables.items()
+    }
     turns = {n: np.linalg.qr(rng.normal(size=(w.shape[1], w.shape[1])))[0] for n, w in found.items()}
     for path in sorted(raw.glob("*.parquet")):
         log = pq.read_table(path)
         encoded = dataset.transform.encode(log)
         for field in range(FIELDS):
             name = f"C{field + 1}"
+            if name not in found:
+                continue
             rows, first = np.unique(encoded.sparse[name].values, return_index=True)
             known = rows >= RESERVED_ROWS
             ids = log[name].to_numpy()[first[known]].astype(np.uint64)
@@ -56,12 +66,24 @@ def planted_rows(dataset: Dataset, raw: Path, seed: int) -> dict[str, np.ndarray
     return found
 
 
-def planted_checkpoint(run: RunConfig, dataset: Dataset, raw: Path, folder: Path, seed: int = 0) -> Checkpoint:
+def planted_checkpoint(
+    run: RunConfig,
+    dataset: Dataset,
+    raw: Path,
+    folder: Path,
+    seed: int = 0,
+    into: Mapping[str, np.ndarray] | None = None,
+    dense: dict[str, torch.Tensor] | None = None,
+    lessons: CalibrationPlan = HEAD,
+) -> Checkpoint:
     """Write a checkpoint of planted rows with an untrained head, train the head, and write it again; opened.
 
-    `dataset` as wide as the run's model; `raw` is the folder of the log's Parquet files.
+    `dataset` as wide as the run's model; `raw` is the folder of the log's Parquet files; `into` as in planted_rows.
+    `dense`: a head that was trained on the same log before; else `lessons` is how it is trained.
     """
-    tables = {n: torch.from_numpy(w) for n, w in planted_rows(dataset, raw, seed).items()}
+    tables = {n: torch.from_numpy(w) for n, w in planted_rows(dataset, raw, seed, into).items()}
+    if dense is not None:
+        return _write(run, dataset, tables, dense, folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = build_head(run.model, dataset.transform).state_dict()
@@ -70,7 +92,7 @@ def planted_checkpoint(run: RunConfig, dataset: Dataset, raw: Path, folder: Path
         extract(first, dataset.transform, None, spread_rows(dataset, split, limit))
         for split, limit in (("train", TRAIN_ROWS), ("val", EVAL_ROWS))
     )
-    plan = HEAD.model_copy(update={"seed": seed})
+    plan = lessons.model_copy(update={"seed": seed})
     tuned = tune_head(
         reading(train, None), reading(held, None), run, plan, dataset.negative_rate, None, lambda *_: None
     )

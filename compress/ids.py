@@ -135,7 +135,7 @@ def loose_bits(num_embeddings: int) -> int:
 
 def low_bits(count: int, bits: int) -> int:
     """How many low bits of each of `count` sorted numbers below 2**bits are stored as they are."""
-    return max(bits - int(np.floor(np.log2(count))), 0) if count else 0
+    return max(bits - int(count).bit_length() + 1, 0) if count else 0
 
 
 def pack_sorted(numbers: np.ndarray, bits: int) -> bytes:

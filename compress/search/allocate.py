@@ -10,7 +10,7 @@ Legend: T tables, E buckets in order of rank, B options in order of rising bits,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -264,6 +264,7 @@ class _Grid:
                 if own is not None:
                     padded[index, :own_options] = own
 
+        self.slots_TE = np.where(self.real_TE, options * np.arange(len(tables))[:, None], options * len(tables))
         unplanned = ~np.isfinite(self.table_loss(self.floor()))
         if unplanned.any():
             name = tables[int(unplanned.argmax())].name
@@ -274,12 +275,15 @@ class _Grid:
         grid = object.__new__(_Grid)
         for name, own in vars(self).items():
             setattr(grid, name, own[which_T])
+        options = self.bytes_TEB.shape[2]
+        grid.slots_TE = np.where(grid.real_TE, options * np.arange(len(which_T))[:, None], options * len(which_T))
         return grid
 
     def floor(self) -> np.ndarray:
         """The options (T, E) of fewest bytes."""
-        free_TB = np.zeros_like(self.opening_TB)
-        return self.plan(np.where(np.isfinite(self.loss_TEB), self.bytes_TEB, np.inf), self.fixed_TB, free_TB)
+        costs_TEB = np.where(np.isfinite(self.loss_TEB), self.bytes_TEB, np.inf)
+        backward_EBT = costs_TEB.transpose(1, 2, 0)[::-1]
+        return self.plan(backward_EBT, self.fixed_TB.T, np.zeros_like(self.opening_TB.T))
 
     def lagrange(self, multiplier: float) -> np.ndarray:
         """The options (T, E) of least loss, prices included, + multiplier * bytes."""
@@ -287,48 +291,58 @@ class _Grid:
 
     def lagrange_each(self, multipliers_M: np.ndarray) -> np.ndarray:
         """The same (M, T, E) for several multipliers at once, which takes little longer than for one."""
-        weight = multipliers_M[:, None, None, None]
-        costs = self.loss_TEB + weight * self.bytes_TEB
-        entry = weight[:, 0] * self.fixed_TB + self.price_TB
         tables, buckets, options = self.loss_TEB.shape
-        opening = np.tile(self.opening_TB, (len(multipliers_M), 1))
-        chosen = self.plan(costs.reshape(-1, buckets, options), entry.reshape(-1, options), opening)
+        weight_M1 = multipliers_M[:, None]
+        loss_EBT, bytes_EBT = (np.ascontiguousarray(own.transpose(1, 2, 0)) for own in (self.loss_TEB, self.bytes_TEB))
+        entry = weight_M1 * self.fixed_TB.T[:, None] + self.price_TB.T[:, None]
+        opening = np.tile(self.opening_TB.T, (1, len(multipliers_M)))
+        backward = (
+            (loss_EBT[bucket][:, None] + weight_M1 * bytes_EBT[bucket][:, None]).reshape(options, -1)
+            for bucket in reversed(range(buckets))
+        )
+        chosen = self.plan(backward, entry.reshape(options, -1), opening)
         return chosen.reshape(len(multipliers_M), tables, buckets)
 
-    def plan(self, costs_TEB: np.ndarray, entry_TB: np.ndarray, opening_TB: np.ndarray) -> np.ndarray:
-        """The options (T, E), non-increasing along E, of least cost.
+    def plan(self, backward_EBT: Iterable[np.ndarray], entry_BT: np.ndarray, opening_BT: np.ndarray) -> np.ndarray:
+        """The options (T, E), non-increasing along E, of least cost; costs come from the last bucket to the first.
 
-        The first bucket of an option pays entry, that of a table opening as well.
+        The first bucket of an option pays entry, that of a table opening as well. Tables lie side by side in memory:
+        there are many of them, and few options.
         """
-        tables, buckets, options = costs_TEB.shape
-        following = np.zeros((tables, buckets, options), dtype=np.int64)
-        value_TB = costs_TEB[:, -1]
-        own = np.arange(options)
-        for bucket in range(buckets - 2, -1, -1):
-            entered = value_TB + entry_TB
-            least = np.minimum.accumulate(entered, axis=1)
-            lower = np.concatenate([np.full((tables, 1), np.inf), least[:, :-1]], axis=1)
-            where_least = np.maximum.accumulate(np.where(entered < lower, own, 0), axis=1)
-            where_lower = np.concatenate([np.zeros((tables, 1), dtype=np.int64), where_least[:, :-1]], axis=1)
-            stays = value_TB < lower  # at a tie fewer bits
-            stays[:, 0] = True
-            following[:, bucket] = np.where(stays, own, where_lower)
-            value_TB = costs_TEB[:, bucket] + np.minimum(value_TB, lower)
-        chosen = np.empty((tables, buckets), dtype=np.int64)
-        chosen[:, 0] = (value_TB + entry_TB + opening_TB).argmin(1)
-        for bucket in range(1, buckets):
-            chosen[:, bucket] = following[np.arange(tables), bucket - 1, chosen[:, bucket - 1]]
-        return chosen
+        costs = iter(backward_EBT)
+        value_BT = np.array(next(costs), dtype=np.float64)
+        options, tables = value_BT.shape
+        following = []  # of each bucket but the last, from the last on: the next one's option, by its own
+        for costs_BT in costs:
+            next_BT = np.empty((options, tables), dtype=np.int8)
+            next_BT[0] = 0
+            least_T, least_at_T = value_BT[0] + entry_BT[0], np.zeros(tables, dtype=np.int8)
+            for option in range(1, options):
+                value_T = value_BT[option]
+                # at a tie fewer bits
+                next_BT[option] = np.where(value_T < least_T, np.int8(option), least_at_T)
+                entered_T = value_T + entry_BT[option]
+                np.minimum(value_T, least_T, out=value_T)
+                least_at_T[entered_T < least_T] = option
+                np.minimum(least_T, entered_T, out=least_T)
+            value_BT += costs_BT
+            following.append(next_BT)
+        chosen_ET = np.empty((len(following) + 1, tables), dtype=np.int64)
+        chosen_ET[0] = (value_BT + entry_BT + opening_BT).argmin(0)
+        each = np.arange(tables)
+        for bucket, next_BT in enumerate(reversed(following)):
+            chosen_ET[bucket + 1] = next_BT[chosen_ET[bucket], each]
+        return np.ascontiguousarray(chosen_ET.T)
 
     def table_bytes(self, choice_TE: np.ndarray) -> np.ndarray:
         """Bytes (T,) int64 of a plan."""
-        own = np.take_along_axis(self.bytes_TEB, choice_TE[:, :, None], axis=2).sum((1, 2))
+        own = _chosen(self.bytes_TEB, choice_TE).sum(1)
         used = self._taken(choice_TE) > 0
         return own + (self.fixed_TB * used).sum(1)
 
     def table_loss(self, choice_TE: np.ndarray) -> np.ndarray:
         """Loss (T,) of a plan."""
-        return np.take_along_axis(self.loss_TEB, choice_TE[:, :, None], axis=2).sum((1, 2))
+        return np.asarray(_chosen(self.loss_TEB, choice_TE).sum(1))
 
     def table_price(self, choice_TE: np.ndarray) -> np.ndarray:
         """Prices (T,) of the options that a plan takes."""
@@ -351,12 +365,11 @@ class _Grid:
         options = np.arange(self.bytes_TEB.shape[2])
         while left >= 0:
             now = choice_TE[:, :, None]
+            bytes_now, loss_now = (_chosen(own, choice_TE)[:, :, None] for own in (self.bytes_TEB, self.loss_TEB))
             ceiling = np.concatenate([np.full((len(choice_TE), 1), options[-1]), choice_TE[:, :-1]], axis=1)
             taken = self._taken(choice_TE)
-            more = self.bytes_TEB - np.take_along_axis(self.bytes_TEB, now, axis=2)
-            more = more + _once_more(self.fixed_TB, choice_TE, taken)
-            gain = np.take_along_axis(self.loss_TEB, now, axis=2) - self.loss_TEB
-            gain = gain - _once_more(self.price_TB, choice_TE, taken)
+            more = self.bytes_TEB - bytes_now + _once_more(self.fixed_TB, choice_TE, taken)
+            gain = loss_now - self.loss_TEB - _once_more(self.price_TB, choice_TE, taken)
             gain[:, 0] -= self.opening_TB - np.take_along_axis(self.opening_TB, choice_TE[:, :1], axis=1)
             able = (options > now) & (options <= ceiling[:, :, None]) & (more <= left) & (gain > 0)
             if not able.any():
@@ -368,7 +381,15 @@ class _Grid:
 
     def _taken(self, choice_TE: np.ndarray) -> np.ndarray:
         """How many buckets (T, B) take each option."""
-        return ((choice_TE[:, :, None] == np.arange(self.bytes_TEB.shape[2])) & self.real_TE[:, :, None]).sum(1)
+        tables, _, options = self.bytes_TEB.shape
+        counts = np.bincount((self.slots_TE + choice_TE).ravel(), minlength=(tables + 1) * options)
+        return counts[: tables * options].reshape(tables, options)
+
+
+def _chosen(own_TEB: np.ndarray, choice_TE: np.ndarray) -> np.ndarray:
+    """What each bucket (T, E) has of its options."""
+    first_TE = np.arange(choice_TE.size).reshape(choice_TE.shape) * own_TEB.shape[2]
+    return own_TEB.ravel()[first_TE + choice_TE]
 
 
 def _once_more(own_TB: np.ndarray, choice_TE: np.ndarray, taken_TB: np.ndarray) -> np.ndarray:
