@@ -18,7 +18,6 @@ from compress.search.finals import (
     NEAR,
     Classroom,
     Finalist,
-    at_95,
     calibrated,
     finalist_of,
     judged,
@@ -129,15 +128,12 @@ def test_control_is_the_fp32_model_tuned_alike(room: Classroom, ready: Preparati
     assert all(torch.equal(found.dense[k], v) for k, v in expected.dense.items())
 
 
-def test_judged_on_other_rows_at_a_confidence(ready: Preparation, lines: dict[str, dict[str, Any]]) -> None:
+def test_judged_on_other_rows(ready: Preparation, lines: dict[str, dict[str, Any]]) -> None:
     finalist = finalist_of(ready.shared, lines["fp32"])
     logits = score(ready.selection.working, resolve(finalist.plan, ready.profiles))
     labels, reference = ready.selection.labels, ready.selection.reference
-    usual = judged(at_95(ready.shared, ready.selection), finalist)
-    assert usual == quality(labels, logits, reference, ["click"], ready.shared.seed + 1, 0.95)
-    sure = judged((ready.shared, ready.selection, 0.99), finalist)
-    assert sure["delta_ne_upper"] > usual["delta_ne_upper"]
-    assert sure["delta_ne"] == usual["delta_ne"]
+    found = judged((ready.shared, ready.selection), finalist)
+    assert found == quality(labels, logits, reference, ["click"], ready.shared.seed + 1)
 
 
 @pytest.mark.parametrize("name", LABELS)

@@ -159,7 +159,7 @@ def test_start_is_the_closed_form_from_the_largest_budget_to_the_smallest() -> N
     found = start_points(Space(), 8)
     budgets = [p["budget"] for p in found]
     assert budgets == sorted(budgets, reverse=True)
-    assert (budgets[0], budgets[-1]) == (0.3, 0.003)
+    assert (budgets[0], budgets[-1]) == (0.6, 0.003)
     assert len(set(budgets)) == 8
     usual = {"bits": "2,4,8,16", "centroids": "256", "trust": 0.0, "tier_price": 1e-5}
     assert all({k: p[k] for k in usual} == usual for p in found)
