@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,19 @@ def add_node(cluster: Cluster, name: str, folder: str) -> Any:
     return cluster.add_node(num_cpus=1, resources={name: 1}, temp_dir=f"{folder}/{name}", **MEMORY)
 
 
+def wait_for_agent(url: str) -> None:
+    """Until the cluster takes jobs: the head's agent comes up after its dashboard, long after on a busy machine."""
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            JobSubmissionClient(url).submit_job(entrypoint="true")
+            return
+        except RuntimeError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+
+
 def say(answer: Any) -> None:
     """Answer with a line."""
     print(json.dumps(answer), flush=True)
@@ -47,6 +61,7 @@ def main(folder: str) -> None:
     try:
         nodes = {name: add_node(cluster, name, folder) for name in NODES}
         url = f"http://127.0.0.1:{port}"
+        wait_for_agent(url)
         say({"url": url})
         for line in sys.stdin:
             what, _, of = line.strip().partition(" ")

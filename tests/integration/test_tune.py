@@ -118,7 +118,8 @@ def test_search_json_says_what_was_asked_of_what(world: World, found: Path) -> N
     }
     assert said["knobs"] == list(Space.model_fields)
     assert said["fp32"]["table_bytes"] == sum(t.fp32_bytes for t in world.dataset.transform.tables.values())
-    assert 0.5 < said["fp32"]["auc"] < 1 and 0.5 < said["fp32"]["ne"] < 1
+    assert 0.5 < said["fp32"]["auc"] < 1
+    assert 0.5 < said["fp32"]["ne"] < 1
 
 
 def test_every_trial_is_written_down_with_its_figures_and_plan(found: Path) -> None:
@@ -130,7 +131,9 @@ def test_every_trial_is_written_down_with_its_figures_and_plan(found: Path) -> N
         assert trial["stopped"] == (trial["rows"] == 4_200)
         assert [r["rows"] for r in trial["rungs"]] == ([4_200] if trial["stopped"] else [4_200, 6_000])
         assert trial["rungs"][-1]["delta_ne"] == trial["delta_ne"]
-        assert trial["plan"]["tables"] and trial["ms"] > 0 and trial["seconds"] > 0
+        assert trial["plan"]["tables"]
+        assert trial["ms"] > 0
+        assert trial["seconds"] > 0
         assert trial["stopped"] or trial["delta_ne"] < trial["delta_ne_upper"]
         assert trial["table_bytes"] < trial["artifact_bytes"]
     assert not any(t["stopped"] for t in trials[:3])  # the closed form is scored whole
@@ -150,7 +153,8 @@ def test_tune_json_has_front_choice_gate_tables_and_peers(world: World, found: P
         assert set(point["selection"]) == QUALITY
     chosen, gate = result["front"][result["chosen"]], result["gate"]
     assert chosen["measured_ms"] > 0
-    assert gate["passed"] and gate["delta_ne_upper"] <= gate["budget"] == BUDGET
+    assert gate["passed"]
+    assert gate["delta_ne_upper"] <= gate["budget"] == BUDGET
     assert result["chosen"] in gate["tried"]
     assert str(chosen["number"]) in result["why"]
     assert set(result["tables"]) == set(world.dataset.transform.tables)
@@ -172,7 +176,7 @@ def test_the_artifact_is_the_chosen_point(world: World, found: Path) -> None:
     fp32 = told("evaluate", "--model", world.checkpoint.folder, "--data", world.dataset.folder, "--split", "val")
     assert scored["ne"] / fp32["ne"] - 1 <= BUDGET
     files = sum(f.stat().st_size for f in (found / "artifact").rglob("*") if f.is_file())
-    assert chosen["artifact_bytes"] == pytest.approx(files, rel=0.5)  # small: the parts that do not scale weigh most
+    assert chosen["artifact_bytes"] == pytest.approx(files, rel=0.02)
 
 
 def test_search_selection_and_gate_rows_are_disjoint_and_give_these_figures(world: World, found: Path) -> None:
@@ -200,7 +204,8 @@ def test_json_line_is_tune_json_with_the_artifacts_path(world: World, found: Pat
 
 def test_report_reads_the_search(found: Path) -> None:
     summary = told("report", found)
-    assert (summary["trials"], summary["ended"], summary["gate_passed"]) == (SEARCH.trials, True, True)
+    lines = len(read_trials(found / "trials.jsonl"))  # calibrated ones too
+    assert (summary["trials"], summary["ended"], summary["gate_passed"]) == (lines, True, True)
     assert Path(summary["report"]).read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
@@ -218,7 +223,8 @@ def test_earlier_front_comes_first_and_limits_hold(world: World, found: Path) ->
     trials = searched_trials(out)
     settings = [t["params"] for t in searched_trials(found) if t["number"] in {p["number"] for p in before["front"]}]
     first = [t for t in trials if t["origin"] == "earlier"]
-    assert first and first == trials[: len(first)]
+    assert first
+    assert first == trials[: len(first)]
     assert [t["params"] for t in first] == [p for p in settings if p in [t["params"] for t in first]]
     assert all(t["table_bytes"] <= most for t in trials)
     chosen = result["front"][result["chosen"]]
@@ -341,6 +347,7 @@ def test_ctrl_c_leaves_a_result_that_can_be_used(world: World) -> None:
         process.kill()
     assert process.returncode == 0, stderr
     result = json.loads(stdout)
-    assert result["interrupted"] and written(out)["interrupted"]
+    assert result["interrupted"]
+    assert written(out)["interrupted"]
     assert 1 <= result["trials"] == len(searched_trials(out)) < 200
     assert load_artifact(out / "artifact").version
