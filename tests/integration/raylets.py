@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import socket
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +32,6 @@ def add_node(cluster: Cluster, name: str, folder: str) -> Any:
     return cluster.add_node(num_cpus=1, resources={name: 1}, temp_dir=f"{folder}/{name}", **MEMORY)
 
 
-def wait_for_agent(url: str) -> None:
-    """Until the cluster takes jobs: the head's agent comes up after its dashboard, long after on a busy machine."""
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            JobSubmissionClient(url).submit_job(entrypoint="true")
-            return
-        except RuntimeError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.5)
-
-
 def say(answer: Any) -> None:
     """Answer with a line."""
     print(json.dumps(answer), flush=True)
@@ -54,14 +40,20 @@ def say(answer: Any) -> None:
 def main(folder: str) -> None:
     """Start the cluster, and serve stdin."""
     port = free_port()
-    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port, "temp_dir": f"{folder}/head", **MEMORY}
+    head: dict[str, Any] = {
+        "num_cpus": 0,
+        "include_dashboard": True,
+        "dashboard_port": port,
+        "temp_dir": f"{folder}/head",
+        **MEMORY,
+    }
+    head["dashboard_agent_listen_port"] = free_port()  # the default one may be another Ray's, and jobs start through it
     cluster = Cluster(initialize_head=True, head_node_args=head)
     # as `ray start` does; without it a job's driver takes any Ray that runs on this machine for its own
     Path(folder, "head", "ray_current_cluster").write_text(cluster.address, encoding="utf-8")
     try:
         nodes = {name: add_node(cluster, name, folder) for name in NODES}
         url = f"http://127.0.0.1:{port}"
-        wait_for_agent(url)
         say({"url": url})
         for line in sys.stdin:
             what, _, of = line.strip().partition(" ")
