@@ -40,7 +40,14 @@ def say(answer: Any) -> None:
 def main(folder: str) -> None:
     """Start the cluster, and serve stdin."""
     port = free_port()
-    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port, "temp_dir": f"{folder}/head", **MEMORY}
+    head: dict[str, Any] = {
+        "num_cpus": 0,
+        "include_dashboard": True,
+        "dashboard_port": port,
+        "temp_dir": f"{folder}/head",
+        **MEMORY,
+    }
+    head["dashboard_agent_listen_port"] = free_port()  # the default one may be another Ray's, and jobs start through it
     cluster = Cluster(initialize_head=True, head_node_args=head)
     # as `ray start` does; without it a job's driver takes any Ray that runs on this machine for its own
     Path(folder, "head", "ray_current_cluster").write_text(cluster.address, encoding="utf-8")

@@ -28,7 +28,7 @@ from cluster.cli import main  # noqa: E402
 from compress.artifact import load_artifact  # noqa: E402
 from compress.config import Choice, SearchConfig, Space  # noqa: E402
 from compress.model import model_of_checkpoint, translate_rows  # noqa: E402
-from compress.search.decide import split_rows  # noqa: E402
+from compress.search.decide import front_of, split_rows  # noqa: E402
 from compress.search.objective import compare  # noqa: E402
 from compress.search.preparation import prepare  # noqa: E402
 from compress.search.ray_tune import in_parallel, read_trials, run_trials  # noqa: E402
@@ -170,13 +170,13 @@ def test_the_artifact_is_the_chosen_point(world: World, found: Path) -> None:
     result = written(found)
     chosen = result["front"][result["chosen"]]
     manifest = json.loads((found / "artifact" / "manifest.json").read_text(encoding="utf-8"))
-    assert manifest["table_bytes"] == chosen["table_bytes"]
+    assert manifest["sizes"]["table_bytes"] == chosen["table_bytes"]
     assert sum(t["bytes"] + t["id_map_bytes"] for t in result["tables"].values()) == chosen["table_bytes"]
     scored = told("evaluate", "--model", found / "artifact", "--data", world.dataset.folder, "--split", "val")
     fp32 = told("evaluate", "--model", world.checkpoint.folder, "--data", world.dataset.folder, "--split", "val")
     assert scored["ne"] / fp32["ne"] - 1 <= BUDGET
     files = sum(f.stat().st_size for f in (found / "artifact").rglob("*") if f.is_file())
-    assert chosen["artifact_bytes"] == pytest.approx(files, rel=0.5)  # small: the parts that do not scale weigh most
+    assert chosen["artifact_bytes"] == pytest.approx(files, rel=0.02)
 
 
 def test_search_selection_and_gate_rows_are_disjoint_and_give_these_figures(world: World, found: Path) -> None:
@@ -204,7 +204,8 @@ def test_json_line_is_tune_json_with_the_artifacts_path(world: World, found: Pat
 
 def test_report_reads_the_search(found: Path) -> None:
     summary = told("report", found)
-    assert (summary["trials"], summary["ended"], summary["gate_passed"]) == (SEARCH.trials, True, True)
+    lines = len(read_trials(found / "trials.jsonl"))  # calibrated ones too
+    assert (summary["trials"], summary["ended"], summary["gate_passed"]) == (lines, True, True)
     assert Path(summary["report"]).read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
@@ -220,7 +221,7 @@ def test_earlier_front_comes_first_and_limits_hold(world: World, found: Path) ->
         *("--algorithm", "nsga2", "--trials", 8),
     )
     trials = searched_trials(out)
-    settings = [t["params"] for t in searched_trials(found) if t["number"] in {p["number"] for p in before["front"]}]
+    settings = [t["params"] for t in front_of(searched_trials(found))]
     first = [t for t in trials if t["origin"] == "earlier"]
     assert first
     assert first == trials[: len(first)]
@@ -311,7 +312,7 @@ def test_nothing_finished_is_lost_with_a_trial_or_the_driver(world: World) -> No
     process = start([*words(world, out, "--trials", 200, "--algorithm", "grid"), "--address", address])
     try:
         wait_for_trials(process, out, 1)
-        victims = [pid for pid in descendants(os.getpid(), "ray::") if pid in descendants(os.getpid(), "Trial")]
+        victims = descendants(os.getpid(), "ray::ResourceTrainable")  # what Tune calls one with resources
         assert victims
         os.kill(victims[0], signal.SIGKILL)
         wait_for_trials(process, out, 5)
