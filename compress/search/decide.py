@@ -97,7 +97,9 @@ def gate(
         if measured[-1]["delta_ne_upper"] <= budget:
             break
     passed = measured[-1]["delta_ne_upper"] <= budget
-    at = len(tried) - 1 if passed else int(np.argmin(np.nan_to_num([m["delta_ne_upper"] for m in measured], nan=np.inf)))
+    at = (
+        len(tried) - 1 if passed else int(np.argmin(np.nan_to_num([m["delta_ne_upper"] for m in measured], nan=np.inf)))
+    )
     refused = [
         {"index": i, "delta_ne_upper": m["delta_ne_upper"]}
         for i, m in zip(tried, measured, strict=True)

@@ -52,9 +52,7 @@ def point(size: float, upper: float, ms: float = 1.0, measured: float | None = N
         (1000, (1000, 1000, 300), (350, 250, 300)),
     ],
 )
-def test_split_too_small_is_shared(
-    rows: int, asked: tuple[int, int, int], expected: tuple[int, int, int]
-) -> None:
+def test_split_too_small_is_shared(rows: int, asked: tuple[int, int, int], expected: tuple[int, int, int]) -> None:
     assert split_sizes(rows, asked) == expected
 
 
@@ -75,7 +73,10 @@ def marks(rows: Any) -> list[tuple]:
     """What tells rows apart: all that they hold."""
     sparse = [rows.encoded.sparse[n] for n in ("user_id", "item_id", "city")]
     values = [np.asarray(r.values) for r in sparse]
-    return [(*(int(v[i]) for v in values), *rows.encoded.dense[i].tolist(), float(rows.labels[i, 0])) for i in range(len(rows))]
+    return [
+        (*(int(v[i]) for v in values), *rows.encoded.dense[i].tolist(), float(rows.labels[i, 0]))
+        for i in range(len(rows))
+    ]
 
 
 def test_too_few_rows_are_refused(world: World) -> None:
@@ -128,7 +129,12 @@ def test_candidates_are_those_that_hold_the_smallest_first() -> None:
 
 
 def test_candidates_are_quick_enough_by_measurement_where_there_is_one() -> None:
-    front = [point(100, 0.0, 5.0), point(200, 0.0, 5.0, measured=1.0), point(300, 0.0, 1.0, measured=5.0), point(400, 0.0)]
+    front = [
+        point(100, 0.0, 5.0),
+        point(200, 0.0, 5.0, measured=1.0),
+        point(300, 0.0, 1.0, measured=5.0),
+        point(400, 0.0),
+    ]
     assert candidates(front, 0.001, 2.0) == [1, 3]
     assert [holds(p, 0.001, 2.0) for p in front] == [False, True, False, True]
 
@@ -214,4 +220,6 @@ def test_why_is_one_sentence_that_names_the_trial_its_bytes_and_the_bound() -> N
     )
     again = {**good, "refused": [{"index": 1, "delta_ne_upper": 0.002}] * 2}
     assert why(front, 0, again, 0.001).endswith("on the gate's after 2 smaller ones were refused.")
-    assert why(front, 0, bad, 0.001).startswith("No plan was shown to hold delta NE of 0.10%: trial 7 (1,234,577 bytes)")
+    assert why(front, 0, bad, 0.001).startswith(
+        "No plan was shown to hold delta NE of 0.10%: trial 7 (1,234,577 bytes)"
+    )

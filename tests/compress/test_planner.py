@@ -97,9 +97,7 @@ def test_scaled_scales_all_losses(planner: Planner) -> None:
 
 @pytest.mark.parametrize("most", [256, 16, 1])
 def test_tails_read_no_more_centroids_than_allowed(planner: Planner, most: int) -> None:
-    counts = [
-        t.centroids for b in (0.02, 0.05) for t in plan(planner, budget=b, centroids=most).plan.tables.values()
-    ]
+    counts = [t.centroids for b in (0.02, 0.05) for t in plan(planner, budget=b, centroids=most).plan.tables.values()]
     assert max(counts) <= most
     assert (max(counts) > 1) == (most > 1)
 

@@ -31,7 +31,14 @@ def search(algorithm: str = "tpe", **more: Any) -> SearchConfig:
 def finished(params: Params, number: int = 0, **more: Any) -> dict[str, Any]:
     """A trial whose loss falls with its bytes, as trials.jsonl has it."""
     size = float(params["budget"])
-    return {"number": number, "params": params, "artifact_bytes": 1e6 * size, "delta_ne": 1e-4 / size, "ms": 2.0, **more}
+    return {
+        "number": number,
+        "params": params,
+        "artifact_bytes": 1e6 * size,
+        "delta_ne": 1e-4 / size,
+        "ms": 2.0,
+        **more,
+    }
 
 
 def drawn(algorithm: str, known: list[dict[str, Any]], first: list[Params], count: int, seed: int = 0) -> list[Params]:
