@@ -16,7 +16,7 @@ from compress.artifact import load_artifact
 from compress.compressor import ResolvedTable, resolve
 from compress.config import CalibrationPlan, CompressionPlan, TablePlan
 from compress.errors import PlanError
-from compress.methods.calibrate import Calibration, calibrate, held_loss, reading, with_head
+from compress.methods.calibrate import Calibration, calibrate, fine_tune, held_loss, reading, with_head
 from compress.pipeline import compress_checkpoint
 from compress.search.working_set import WorkingSet, extract, score
 from trainer.data.reader import read_split
@@ -170,3 +170,20 @@ def test_compress_writes_the_calibrated_head_and_reports_its_control(world: Worl
     assert told["compressed"]["held_loss"] < told["compressed"]["held_loss_before"]
     assert set(found["calibration"]) == {"compressed", "control", "control_against_fp32", "against_control"}
     assert found["calibration"]["control_against_fp32"]["delta_ne"] != found["delta_ne"]
+
+
+def test_fine_tune_of_one_model_is_its_half_of_a_calibration(samples: Samples) -> None:
+    plan = ASKED.model_copy(update={"steps": 12, "target": "both"})
+    both = samples.calibrated(plan)
+    for resolved, expected in ((samples.resolved, both.compressed), (None, both.control)):
+        found = fine_tune(samples.train, samples.held, resolved, plan, 1.0)
+        assert (found.step, found.before, found.after) == (expected.step, expected.before, expected.after)
+        assert all(torch.equal(found.dense[k], v) for k, v in expected.dense.items())
+
+
+def test_fine_tune_leaves_the_draws_of_others_alone(samples: Samples) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    fine_tune(samples.train, samples.held, None, ASKED.model_copy(update={"steps": 2}), 1.0)
+    assert torch.equal(torch.rand(4), expected)

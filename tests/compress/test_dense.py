@@ -111,8 +111,7 @@ def test_fused_chain_equals_its_layers():
 
 def test_int8_head_is_sent_to_another_process_without_what_is_packed():
     """Whether its layers were used before or not; packed weights belong to the process that packed them."""
-    head = make_head("dcn")
-    quantized = quantize_head(simplify(head), batches(2), "int8")
+    quantized, _ = quantize_head(make_head("dcn")[0], batches(2), flat_loss, 0.0, INT8)
     before = pickle.dumps(quantized)
     with torch.inference_mode():
         expected = [quantized(*b) for b in batches(2, seed=5)]

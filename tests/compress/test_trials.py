@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compress_builders import quiet
-from tune_builders import INT8, SPACE
+from compress_builders import World, quiet
+from tune_builders import EIGHT, INT8, SEARCH, SPACE, prepared
 
 from compress.artifact import load_artifact
 from compress.compressor import compress
+from compress.config import Choice, Space
 from compress.errors import PlanError
 from compress.model import translate_rows
 from compress.search.objective import by_task, delta_ne, top_overlap
@@ -81,6 +82,20 @@ def test_trial_scores_and_bytes_are_those_of_its_artifact(
     written = sum(path.stat().st_size for path in (tmp_path / "a").iterdir())
     assert said[-1]["table_bytes"] == artifact.sizes["table_bytes"]
     assert said[-1]["artifact_bytes"] == pytest.approx(written, rel=0.02)
+
+
+def test_artifact_bytes_count_the_catalogue_and_every_task(
+    world: World, two_tasks_ready: Preparation, tmp_path: Path
+) -> None:
+    """Of worlds so small that files beside the tables are most of an artifact."""
+    one_head = SEARCH.model_copy(update={"space": Space(trust=Choice(choice=(0.0,)), bits=EIGHT)})
+    for index, ready in enumerate((prepared(world, one_head), two_tasks_ready)):
+        for params in start_points(ready.shared.space, 2):
+            running, out = Running(ready.shared, params), tmp_path / f"{index}-{params['dense']}"
+            compress(ready.checkpoint, ready.dataset, running.plan, out, ready.profiles, quiet, head=running.head)
+            assert (out / "items.arrow").exists() == (index == 0)
+            written = sum(path.stat().st_size for path in out.iterdir())
+            assert running.sizes["artifact_bytes"] == pytest.approx(written, rel=0.02)
 
 
 def test_trial_reads_a_tenth_of_the_rows_at_most(ready: Preparation, outcome: Outcome) -> None:
