@@ -15,6 +15,7 @@ Legend: N training rows, K rows of a segment, S segments.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -152,6 +153,7 @@ def pack_sorted(numbers: np.ndarray, bits: int) -> bytes:
     return b"".join(part.tobytes() for part in (*lows, np.packbits(highs, bitorder="little")))
 
 
+@functools.lru_cache(1 << 16)
 def packed_bytes(count: int, bits: int) -> int:
     """Bytes of what `pack_sorted` writes."""
     if not count:

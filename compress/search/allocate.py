@@ -5,7 +5,8 @@ one Lagrange multiplier a dynamic program solves each table exactly; bisection f
 budget, and what the lower convex hull leaves unspent goes to the best single moves. `knapsack` is for one option a
 table: there the hull misses the budget by whole tables, so it is solved exactly.
 
-Legend: T tables, E buckets in order of rank, B options in order of rising bits, S states of the knapsack.
+Legend: T tables, E buckets in order of rank, B options in order of rising bits, S states of the knapsack; F menus of all
+tables, R of them that are looked at.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from compress.errors import PlanError
 MAX_STATES = 1 << 18
 _SECTIONS, _ROUNDS = 9, 20
 _RANGE = 1e-24  # of the dearest multiplier: below it a byte is worth nothing
+_ROUNDING = 1e-9  # of what a table costs: sums differ by less
 _CLOSE = 3e-4  # of a multiplier, or of the budget: what is left is given out move by move
 
 
@@ -84,12 +86,17 @@ def allocate(tables: Sequence[Options], budget_bytes: int) -> Allocation:
 
 @dataclass(frozen=True)
 class _Solved:
-    """The best at one multiplier: which menu (T,) of all, its options (T, E), bytes and cost of all tables."""
+    """The best at one multiplier: which menu (T,) of all, its options (T, E), bytes and cost of all tables.
+
+    bytes_T: of each table; own_F: cost + multiplier * bytes of each of the menus, infinite where it was not looked at.
+    """
 
     picks_T: np.ndarray
     choice_TE: np.ndarray
     bytes: int
     cost: float
+    bytes_T: np.ndarray
+    own_F: np.ndarray
 
 
 class Menus:
@@ -103,6 +110,7 @@ class Menus:
         self.tables = [several[0] for several in menus]
         self.grid = _Grid([options for several in menus for options in several])
         self.ends = np.cumsum([len(several) for several in menus], dtype=np.int64)
+        self.table_F = np.repeat(np.arange(len(menus)), [len(several) for several in menus])
         self.known: dict[float, _Solved] = {}
         loss_TEB, grid = self.grid.loss_TEB, self.grid
         finite = np.where(np.isfinite(loss_TEB), loss_TEB, np.nan)
@@ -119,19 +127,19 @@ class Menus:
         smallest = self.grid.pick(first_T)
         floor_TE = smallest.floor()
         _check_floor(self.tables, smallest.table_bytes(floor_TE), budget_bytes)
-        self._solve([m for m in (0.0, self.dearest) if m not in self.known])
+        self._solve([m for m in (0.0, self.dearest) if m not in self.known], np.arange(len(self.table_F)))
         if self.known[0.0].bytes <= budget_bytes:
             found, multiplier = self.known[0.0], 0.0
         else:
             self._narrow(budget_bytes)
             fits = {m: solved for m, solved in self.known.items() if solved.bytes <= budget_bytes}
             multiplier = min(fits, key=lambda m: fits[m].cost, default=self.dearest)
-            floor = _Solved(first_T, floor_TE, 0, 0.0)
-            found = fits.get(multiplier, floor)
-        grid, choice_TE = self.grid.pick(found.picks_T), found.choice_TE.copy()
+            found = fits.get(multiplier)
+        picks_T, choice_TE = (first_T, floor_TE) if found is None else (found.picks_T, found.choice_TE.copy())
+        grid = self.grid.pick(picks_T)
         if multiplier:
             grid.fill(choice_TE, budget_bytes)
-        return (found.picks_T - first_T).tolist(), grid.allocation(choice_TE, multiplier)
+        return (picks_T - first_T).tolist(), grid.allocation(choice_TE, multiplier)
 
     def _narrow(self, budget_bytes: int) -> None:
         """Look at multipliers until the two around the budget are neighbours, or one meets it closely."""
@@ -143,22 +151,45 @@ class Menus:
                 return
             if above and self.known[high].bytes >= (1 - _CLOSE) * budget_bytes:
                 return
-            self._solve(np.geomspace(low or self.dearest * _RANGE, high, _SECTIONS + 1)[1:-1].tolist())
+            between = np.geomspace(low or self.dearest * _RANGE, high, _SECTIONS + 1)[1:-1].tolist()
+            self._solve(between, self._rivals(low, high))
 
-    def _solve(self, multipliers: list[float]) -> None:
+    def _rivals(self, low: float, high: float) -> np.ndarray:
+        """The menus (R,) that may be a table's best between two known multipliers.
+
+        What a menu costs at its best is concave in the multiplier: it lies above its chord, and below its tangents. One
+        whose chord lies above the tangents of the best ones at both ends is never the best between.
+        """
+        one, two = self.known[low], self.known[high]
+        best_T, other_T = one.own_F[one.picks_T], two.own_F[two.picks_T]
+        rivals_F = np.zeros(len(self.table_F), dtype=bool)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            meet_T = (other_T - two.bytes_T * high - best_T + one.bytes_T * low) / (one.bytes_T - two.bytes_T)
+            meet_T = np.clip(np.where(np.isfinite(meet_T), meet_T, low), low, high)
+            for at_T in (np.full_like(meet_T, low), meet_T, np.full_like(meet_T, high)):
+                bound_T = np.minimum(best_T + one.bytes_T * (at_T - low), other_T + two.bytes_T * (at_T - high))
+                share_F = ((at_T - low) / (high - low))[self.table_F]
+                chord_F = (1 - share_F) * one.own_F + share_F * two.own_F
+                rivals_F |= chord_F <= (bound_T + _ROUNDING * np.maximum(best_T, other_T))[self.table_F]
+        rivals_F[one.picks_T] = rivals_F[two.picks_T] = True
+        return np.flatnonzero(rivals_F)
+
+    def _solve(self, multipliers: list[float], rivals_R: np.ndarray) -> None:
+        """Remember the best at some multipliers, among some of the menus."""
         if not multipliers:
             return
-        for multiplier, choice_FE in zip(multipliers, self.grid.lagrange_each(np.array(multipliers)), strict=True):
-            bytes_F, cost_F = self.grid.table_bytes(choice_FE), self.grid.table_cost(choice_FE)
-            own = cost_F + multiplier * bytes_F
-            first = 0
-            picks = []
-            for end in self.ends.tolist():
-                picks.append(first + int(own[first:end].argmin()))
-                first = end
-            picks_T = np.array(picks, dtype=np.int64)
+        grid = self.grid.pick(rivals_R)
+        first_T = np.concatenate([[0], self.ends[:-1]])
+        for multiplier, choice_RE in zip(multipliers, grid.lagrange_each(np.array(multipliers)), strict=True):
+            bytes_R, cost_R = grid.table_bytes(choice_RE), grid.table_cost(choice_RE)
+            own_F = np.full(len(self.table_F), np.inf)
+            own_F[rivals_R] = cost_R + multiplier * bytes_R
+            several = zip(first_T.tolist(), self.ends.tolist(), strict=True)
+            picks_T = np.array([first + int(own_F[first:end].argmin()) for first, end in several], dtype=np.int64)
+            place_T = np.searchsorted(rivals_R, picks_T)
+            bytes_T = bytes_R[place_T]
             self.known[multiplier] = _Solved(
-                picks_T, choice_FE[picks_T], int(bytes_F[picks_T].sum()), float(cost_F[picks_T].sum())
+                picks_T, choice_RE[place_T], int(bytes_T.sum()), float(cost_R[place_T].sum()), bytes_T, own_F
             )
 
 
