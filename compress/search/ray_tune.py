@@ -154,8 +154,8 @@ class Recorder(ray.tune.Callback):
         else:
             kept = [name for name in ("rung", "rows", *KEPT, "tasks", "rungs", "node") if name in result]
             line |= {name: result[name] for name in kept}
-            # Tune says "done" of what the scheduler stopped as well; bounds come with the last rung alone
-            line |= {"stopped": "delta_ne_upper" not in result, "plan": json.loads(result["plan"])}
+            # Tune says "done" of what the scheduler stopped as well; the last rung alone has all figures
+            line |= {"stopped": "overlap" not in result, "plan": json.loads(result["plan"])}
         line |= {"seconds": round(result["seconds"], 3), "finished_s": round(time.monotonic() - self.began, 2)}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -7,6 +7,7 @@ Legend: N rows, T tasks.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -18,7 +19,7 @@ from torch import nn
 from compress.compressor import ResolvedTable, resolve, table_bytes
 from compress.config import CompressionPlan, Space
 from compress.errors import PlanError
-from compress.search.objective import by_task, delta_ne, top_overlap, worst
+from compress.search.objective import ONE_SIDED, by_task, delta_ne, top_overlap, worst
 from compress.search.overhead import plan_bytes
 from compress.search.planner import Planner
 from compress.search.space import Params, label, setting
@@ -88,7 +89,7 @@ class Running:
         self.seconds = time.monotonic() - begun
 
     def step(self) -> dict[str, Any]:
-        """Score the next part of the sample; `done` comes with the last one, and with bounds."""
+        """Score the next part of the sample; `done` comes with the last one, and with bounds by resampling."""
         begun = time.monotonic()
         rungs = self.shared.rungs
         at = len(self.logits)
@@ -100,8 +101,10 @@ class Running:
         reference = np.concatenate([p.reference for p in parts])
         logits = np.concatenate(self.logits)
         done = len(parts) == len(rungs)
-        found = quality(labels, logits, reference, self.tasks, self.shared.seed) if done else {}
         estimate, error = delta_ne(labels, logits, reference)
+        # what the bound on the whole sample will be, if all rows are like those that were scored
+        projected = estimate + ONE_SIDED * error * math.sqrt(len(labels) / sum(len(r.labels) for r in rungs))
+        found = quality(labels, logits, reference, self.tasks, self.shared.seed) if done else {}
         self.seconds += time.monotonic() - begun
         return {
             "rung": at,
@@ -109,6 +112,7 @@ class Running:
             **self.sizes,
             "delta_ne": estimate,
             "delta_ne_error": error,
+            "delta_ne_upper": projected,
             **found,
             "seconds": self.seconds,
             "done": done,

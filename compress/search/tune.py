@@ -29,7 +29,7 @@ import yaml
 
 from compress.artifact import load_artifact
 from compress.compressor import compress, data_of, resolve
-from compress.config import SearchConfig
+from compress.config import SearchConfig, Space
 from compress.errors import ArtifactError, PlanError
 from compress.methods.calibrate import Tuned, with_head
 from compress.methods.dense import DensePlan
@@ -93,6 +93,8 @@ def tune(
     ready = prepare(checkpoint, dataset, search, in_parallel, progress)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "search.json", asked_of(ready, checkpoint_path, data))
+    search = search.model_copy(update={"space": ready.shared.space})
+    first = [params for params in first if within(search.space, params)]
     limits = Limits(search.max_delta_ne, float("inf") if search.max_ms is None else search.max_ms)
     origins = {"earlier": first, "start": starts(ready.shared, search)}
     trials, interrupted = run_trials(ready.shared, search, limits, out, origins, progress)
@@ -373,7 +375,12 @@ def earlier_front(folder: Path, search: SearchConfig) -> list[Params]:
     found = []
     for trial in front_of([t for t in trials if t.get("origin") != "calibrated"]):
         params = {k: v for k, v in trial["params"].items() if k in names}
-        with contextlib.suppress(PlanError):
-            setting(search.space, params)
-            found.append(params)
+        found += [params] if within(search.space, params) else []
     return found
+
+
+def within(space: Space, params: Params) -> bool:
+    """Whether a setting is in a space."""
+    with contextlib.suppress(PlanError):
+        return bool(setting(space, params))
+    return False
