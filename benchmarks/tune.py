@@ -64,6 +64,7 @@ PARTS = ("size", "naive", "search", "workers")
 SPAWN = multiprocessing.get_context("spawn")
 NE_REFERENCE = 10.0  # times the allowed delta NE: a plan that loses more dominates nothing
 NAIVE_RATIO = 20.0
+SPLIT_KEYS = {"": "seconds", ", its plan": "plan_s", ", its scores": "score_s"}
 SETTINGS: tuple[Params, ...] = tuple(
     {"budget": budget, "bits": bits, "centroids": centroids, "trust": trust, "tier_price": price, "dense": dense}
     for budget, bits, centroids, trust, price, dense in (
@@ -243,8 +244,7 @@ def naive_trial(found: Preparation, sample: Sample, rows: Rows, params: Params, 
     begun = time.monotonic()
     running = Running(shared, params)
     planned = time.monotonic()
-    head = running.head if running.plan.dense.dtype != "fp32" else None
-    compress(found.checkpoint, found.dataset, running.plan, out, found.profiles, silent, head=head)
+    compress(found.checkpoint, found.dataset, running.plan, out, found.profiles, silent, head=running.head)
     compressed = time.monotonic()
     model = load_artifact(out).model
     loaded = time.monotonic()
@@ -291,9 +291,6 @@ def size(bench: Bench) -> None:
             to = f"{ready[0].rows:,} rows" if small else None
             bench.add(f"{name}, {rows}", value, unit, to, value / small[name] if small else None)
         small = small or found
-
-
-SPLIT_KEYS = {"": "seconds", ", its plan": "plan_s", ", its scores": "score_s"}
 
 
 def typical(turns: Sequence[Mapping[str, Any]], key: str) -> float:

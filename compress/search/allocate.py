@@ -5,8 +5,8 @@ one Lagrange multiplier a dynamic program solves each table exactly; bisection f
 budget, and what the lower convex hull leaves unspent goes to the best single moves. `knapsack` is for one option a
 table: there the hull misses the budget by whole tables, so it is solved exactly.
 
-Legend: T tables, E buckets in order of rank, B options in order of rising bits, S states of the knapsack; F menus of all
-tables, R of them that are looked at.
+Legend: T tables, E buckets in order of rank, B options in order of rising bits, S states of the knapsack;
+F menus of all tables, R of them that are looked at.
 """
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ class Menus:
         self.tables = [several[0] for several in menus]
         self.grid = _Grid([options for several in menus for options in several])
         self.ends = np.cumsum([len(several) for several in menus], dtype=np.int64)
+        self.first_T = self.ends - np.array([len(several) for several in menus], dtype=np.int64)
         self.table_F = np.repeat(np.arange(len(menus)), [len(several) for several in menus])
         self.known: dict[float, _Solved] = {}
         loss_TEB, grid = self.grid.loss_TEB, self.grid
@@ -123,23 +124,23 @@ class Menus:
 
         Raises: PlanError for a budget below the floor, with what holds that up.
         """
-        first_T = np.concatenate([[0], self.ends[:-1]]).astype(np.int64)[: len(self.ends)]
-        smallest = self.grid.pick(first_T)
-        floor_TE = smallest.floor()
-        _check_floor(self.tables, smallest.table_bytes(floor_TE), budget_bytes)
+        smallest = self.grid.pick(self.first_T)
+        _check_floor(self.tables, smallest.table_bytes(smallest.floor_TE), budget_bytes)
         self._solve([m for m in (0.0, self.dearest) if m not in self.known], np.arange(len(self.table_F)))
-        if self.known[0.0].bytes <= budget_bytes:
-            found, multiplier = self.known[0.0], 0.0
-        else:
+        found: _Solved | None = self.known[0.0]
+        multiplier = 0.0
+        if self.known[0.0].bytes > budget_bytes:
             self._narrow(budget_bytes)
             fits = {m: solved for m, solved in self.known.items() if solved.bytes <= budget_bytes}
             multiplier = min(fits, key=lambda m: fits[m].cost, default=self.dearest)
             found = fits.get(multiplier)
-        picks_T, choice_TE = (first_T, floor_TE) if found is None else (found.picks_T, found.choice_TE.copy())
+        picks_T, choice_TE = (
+            (self.first_T, smallest.floor_TE.copy()) if found is None else (found.picks_T, found.choice_TE.copy())
+        )
         grid = self.grid.pick(picks_T)
         if multiplier:
             grid.fill(choice_TE, budget_bytes)
-        return (picks_T - first_T).tolist(), grid.allocation(choice_TE, multiplier)
+        return (picks_T - self.first_T).tolist(), grid.allocation(choice_TE, multiplier)
 
     def _narrow(self, budget_bytes: int) -> None:
         """Look at multipliers until the two around the budget are neighbours, or one meets it closely."""
@@ -158,7 +159,7 @@ class Menus:
         """The menus (R,) that may be a table's best between two known multipliers.
 
         What a menu costs at its best is concave in the multiplier: it lies above its chord, and below its tangents. One
-        whose chord lies above the tangents of the best ones at both ends is never the best between.
+        whose chord is nowhere below the tangents of the best ones at both ends is no better than these between.
         """
         one, two = self.known[low], self.known[high]
         best_T, other_T = one.own_F[one.picks_T], two.own_F[two.picks_T]
@@ -170,7 +171,7 @@ class Menus:
                 bound_T = np.minimum(best_T + one.bytes_T * (at_T - low), other_T + two.bytes_T * (at_T - high))
                 share_F = ((at_T - low) / (high - low))[self.table_F]
                 chord_F = (1 - share_F) * one.own_F + share_F * two.own_F
-                rivals_F |= chord_F <= (bound_T + _ROUNDING * np.maximum(best_T, other_T))[self.table_F]
+                rivals_F |= chord_F < (bound_T - _ROUNDING * np.maximum(best_T, other_T))[self.table_F]
         rivals_F[one.picks_T] = rivals_F[two.picks_T] = True
         return np.flatnonzero(rivals_F)
 
@@ -179,12 +180,11 @@ class Menus:
         if not multipliers:
             return
         grid = self.grid.pick(rivals_R)
-        first_T = np.concatenate([[0], self.ends[:-1]])
         for multiplier, choice_RE in zip(multipliers, grid.lagrange_each(np.array(multipliers)), strict=True):
             bytes_R, cost_R = grid.table_bytes(choice_RE), grid.table_cost(choice_RE)
             own_F = np.full(len(self.table_F), np.inf)
             own_F[rivals_R] = cost_R + multiplier * bytes_R
-            several = zip(first_T.tolist(), self.ends.tolist(), strict=True)
+            several = zip(self.first_T.tolist(), self.ends.tolist(), strict=True)
             picks_T = np.array([first + int(own_F[first:end].argmin()) for first, end in several], dtype=np.int64)
             place_T = np.searchsorted(rivals_R, picks_T)
             bytes_T = bytes_R[place_T]
@@ -196,7 +196,7 @@ class Menus:
 def floor_bytes(tables: Sequence[Options]) -> np.ndarray:
     """Fewest bytes (T,) int64 that each table can have. Raises: PlanError for arrays that do not fit together."""
     grid = _Grid(tables)
-    return grid.table_bytes(grid.floor())
+    return grid.table_bytes(grid.floor_TE)
 
 
 def knapsack(tables: Sequence[Options], budget_bytes: int) -> Choice:
@@ -296,7 +296,8 @@ class _Grid:
                     padded[index, :own_options] = own
 
         self.slots_TE = np.where(self.real_TE, options * np.arange(len(tables))[:, None], options * len(tables))
-        unplanned = ~np.isfinite(self.table_loss(self.floor()))
+        self.floor_TE = self._floor()
+        unplanned = ~np.isfinite(self.table_loss(self.floor_TE))
         if unplanned.any():
             name = tables[int(unplanned.argmax())].name
             raise PlanError(f"table {name}: no options that fall with rank cover all buckets: allow it more bits")
@@ -310,7 +311,7 @@ class _Grid:
         grid.slots_TE = np.where(grid.real_TE, options * np.arange(len(which_T))[:, None], options * len(which_T))
         return grid
 
-    def floor(self) -> np.ndarray:
+    def _floor(self) -> np.ndarray:
         """The options (T, E) of fewest bytes."""
         costs_TEB = np.where(np.isfinite(self.loss_TEB), self.bytes_TEB, np.inf)
         backward_EBT = costs_TEB.transpose(1, 2, 0)[::-1]
@@ -343,26 +344,26 @@ class _Grid:
         costs = iter(backward_EBT)
         value_BT = np.array(next(costs), dtype=np.float64)
         options, tables = value_BT.shape
-        following = []  # of each bucket but the last, from the last on: the next one's option, by its own
+        later = []  # of each bucket but the first, from the last on: its value, and that with the price of entry
         for costs_BT in costs:
-            next_BT = np.empty((options, tables), dtype=np.int8)
-            next_BT[0] = 0
-            least_T, least_at_T = value_BT[0] + entry_BT[0], np.zeros(tables, dtype=np.int8)
+            entered_BT = value_BT + entry_BT
+            later.append((value_BT, entered_BT))
+            least_T = entered_BT[0].copy()
+            best_BT = value_BT.copy()
             for option in range(1, options):
-                value_T = value_BT[option]
-                # at a tie fewer bits
-                next_BT[option] = np.where(value_T < least_T, np.int8(option), least_at_T)
-                entered_T = value_T + entry_BT[option]
-                np.minimum(value_T, least_T, out=value_T)
-                least_at_T[entered_T < least_T] = option
-                np.minimum(least_T, entered_T, out=least_T)
-            value_BT += costs_BT
-            following.append(next_BT)
-        chosen_ET = np.empty((len(following) + 1, tables), dtype=np.int64)
+                np.minimum(value_BT[option], least_T, out=best_BT[option])
+                np.minimum(least_T, entered_BT[option], out=least_T)
+            best_BT += costs_BT
+            value_BT = best_BT
+        chosen_ET = np.empty((len(later) + 1, tables), dtype=np.int64)
         chosen_ET[0] = (value_BT + entry_BT + opening_BT).argmin(0)
-        each = np.arange(tables)
-        for bucket, next_BT in enumerate(reversed(following)):
-            chosen_ET[bucket + 1] = next_BT[chosen_ET[bucket], each]
+        each_T, own_B1 = np.arange(tables), np.arange(options)[:, None]
+        for bucket, (value_BT, entered_BT) in enumerate(reversed(later)):
+            now_T = chosen_ET[bucket]
+            lower_BT = np.where(own_B1 < now_T, entered_BT, np.inf)
+            lower_T = lower_BT.argmin(0)
+            stays_T = value_BT[now_T, each_T] < lower_BT[lower_T, each_T]  # at a tie fewer bits
+            chosen_ET[bucket + 1] = np.where(stays_T, now_T, lower_T)
         return np.ascontiguousarray(chosen_ET.T)
 
     def table_bytes(self, choice_TE: np.ndarray) -> np.ndarray:

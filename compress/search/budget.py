@@ -184,6 +184,7 @@ class TieredTables:
             n: [bucket_options(profiles[n], predicted[n], w, tier_nats[n]) for w in self.ways[n]] for n in profiles
         }
         self.menus = Menus(list(self.options.values()))
+        self.floors = floor_bytes([several[0] for several in self.options.values()])
 
     def within(self, budget: int) -> tuple[dict[str, tuple[TablePlan, float]], float, int]:
         """The plan and predicted loss of each table, what all cost with their prices, and about how many bytes.
@@ -191,7 +192,7 @@ class TieredTables:
         Raises: PlanError when the budget is below the floor.
         """
         picks, found = self.menus.allocate(
-            _above_floor([several[0] for several in self.options.values()], budget - self.base, self.base)
+            _above_floor(list(self.profiles), self.floors, budget - self.base, self.base)
         )
         plans = {}
         for index, (name, profile) in enumerate(self.profiles.items()):
@@ -220,11 +221,10 @@ def ways_of(predicted: Predicted) -> list[Way]:
     return [Way(forget, count) for forget in (True, False) for count in (1, *predicted.nearest)]
 
 
-def _above_floor(options: list[Options], budget: int, base: int) -> int:
-    """The budget itself. Raises: PlanError when it is below what the tables need at the least."""
-    floors = floor_bytes(options)
+def _above_floor(names: list[str], floors: np.ndarray, budget: int, base: int) -> int:
+    """The budget itself. Raises: PlanError when it is below what the tables (T,) need at the least."""
     if budget < floors.sum():
-        largest = sorted(zip(floors, (o.name for o in options), strict=True), reverse=True)[:5]
+        largest = sorted(zip(floors, names, strict=True), reverse=True)[:5]
         held = ", ".join(f"{name} {int(size):,}" for size, name in largest if size)
         raise PlanError(
             f"budget {budget + base:,} bytes: the floor is {base + int(floors.sum()):,}: {base:,} of reserved and "
@@ -315,7 +315,7 @@ def _uniform(
         ids = _id_bytes(profile, rows, forget=True)
         sizes = [-(-rows * row_bytes(dim, b) // TABLE_ALIGNMENT) * TABLE_ALIGNMENT + ids for b in predicted[name].bits]
         options.append(Options(name, np.array([sizes], dtype=np.int64), predicted[name].loss.sum(0)[None]))
-    found = knapsack(options, _above_floor(options, budget, 0))
+    found = knapsack(options, _above_floor(list(profiles), floor_bytes(options), budget, 0))
     plans = {}
     for (name, p), option in zip(predicted.items(), found.choices, strict=True):
         plans[name] = (
