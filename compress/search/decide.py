@@ -50,7 +50,7 @@ def split_rows(rows: Rows, asked: tuple[int, int, int], seed: int) -> tuple[Rows
 
 
 def front_of(trials: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The trials that no other one beats in bytes, bound of loss and milliseconds, by rising bytes; whole trials only."""
+    """The trials that no other one beats in bytes, bound of loss and milliseconds, by rising bytes; whole ones only."""
     whole = [t for t in trials if "error" not in t and not t["stopped"] and np.isfinite(t["delta_ne_upper"])]
     if not whole:
         return []

@@ -12,6 +12,7 @@ from optuna.trial import TrialState
 
 from compress.config import Choice, Range, SearchConfig, Space
 from compress.methods.dense import DensePlan
+from compress.search.decide import OBJECTIVES
 from compress.search.sampler import POPULATION, STUDY, Limits, distributions, make_sampler, make_study
 from compress.search.space import Params, grid, setting, start_points
 
@@ -36,6 +37,7 @@ def finished(params: Params, number: int = 0, **more: Any) -> dict[str, Any]:
         "params": params,
         "artifact_bytes": 1e6 * size,
         "delta_ne": 1e-4 / size,
+        "delta_ne_upper": 2e-4 / size,
         "ms": 2.0,
         **more,
     }
@@ -50,7 +52,7 @@ def drawn(algorithm: str, known: list[dict[str, Any]], first: list[Params], coun
         trial = study.ask(distributions(SPACE))
         asked.append(dict(trial.params))
         result = finished(trial.params)
-        study.tell(trial, [result[name] for name in ("artifact_bytes", "delta_ne", "ms")])
+        study.tell(trial, [result[name] for name in OBJECTIVES])
     return asked
 
 
@@ -92,7 +94,7 @@ def test_study_knows_finished_trials_and_what_they_break() -> None:
     study = optuna.load_study(study_name=STUDY, storage=storage, sampler=sampler)
     assert [t.params for t in study.trials] == [points[0], points[2], points[1]]
     assert all(t.state == TrialState.COMPLETE for t in study.trials)
-    assert study.trials[1].values == [known[2][n] for n in ("artifact_bytes", "delta_ne", "ms")]
+    assert study.trials[1].values == [known[2][n] for n in OBJECTIVES]
     broken = [{k: pytest.approx(v) for k, v in t.constraints.items()} for t in study.trials]
     assert broken == [{"delta_ne": -0.5, "ms": -0.5}, {"delta_ne": 2.0, "ms": 1.0}, {"delta_ne": 1.0, "ms": -0.5}]
     assert [t.number for t in study.best_trials] == [0]  # the only one that holds
