@@ -87,10 +87,10 @@ def calibrate(
     before those of `resolved`; the steps are divided among all. Deterministic by the plan's seed.
     Raises: PlanError when a loss is not finite.
     """
-    control = [None] * (len(on_the_way) + 1)
+    teacher = score(train, None)
     return Calibration(
-        fine_tune(train, held, resolved, plan, negative_rate, progress, on_the_way),
-        fine_tune(train, held, None, plan, negative_rate, progress, control[1:]),
+        fine_tune(train, held, resolved, plan, negative_rate, teacher, progress, on_the_way),
+        fine_tune(train, held, None, plan, negative_rate, teacher, progress, [None] * len(on_the_way)),
     )
 
 
@@ -100,15 +100,19 @@ def fine_tune(
     resolved: Mapping[str, ResolvedTable] | None,
     plan: CalibrationPlan,
     negative_rate: float,
+    teacher_NT: np.ndarray,
     progress: ReportProgress = lambda *_: None,
     on_the_way: Sequence[Mapping[str, ResolvedTable] | None] = (),
 ) -> Tuned:
-    """`calibrate` of one model: the compressed one, or with nothing resolved the fp32 one."""
+    """`calibrate` of one model: the compressed one, or with nothing resolved the fp32 one.
+
+    teacher_NT: the fp32 model's log-odds of the rows of `train`.
+    """
     plan = plan.model_copy(update={"steps": max(plan.steps // (len(on_the_way) + 1), 1)})
     found: Tuned | None = None
     with torch.random.fork_rng(devices=[]):  # heads are built, and may drop out
         torch.manual_seed(plan.seed)
-        teacher = score(train, None) if plan.target != "labels" else None
+        teacher = teacher_NT if plan.target != "labels" else None
         for each in (*on_the_way, resolved):
             own = [w if found is None else with_head(w, found.dense) for w in (train, held)]
             sides = [reading(w, each) for w in own]

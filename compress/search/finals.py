@@ -48,7 +48,7 @@ class Classroom:
     """What heads are fine-tuned with: training rows, held rows, and rows to convert heads by."""
 
     shared: Shared
-    train: WorkingSet
+    train: Sample
     held: WorkingSet
     lessons: Lessons
     plan: CalibrationPlan
@@ -69,15 +69,15 @@ def worth_calibrating(front: Sequence[Mapping[str, Any]], max_delta_ne: float, c
 
 def tuned_control(room: Classroom) -> Tuned:
     """The fp32 model's head fine-tuned as the finalists' are."""
-    return fine_tune(room.train, room.held, None, room.plan, room.negative_rate)
+    return fine_tune(room.train.working, room.held, None, room.plan, room.negative_rate, room.train.reference)
 
 
 def calibrated(room: Classroom, finalist: Finalist) -> Finalist:
     """A finalist with its head fine-tuned and converted as its plan asks."""
-    begun = time.monotonic()
+    begun, train = time.monotonic(), room.train.working
     resolved = resolve(finalist.plan, room.shared.planner.profiles)
-    tuned = fine_tune(room.train, room.held, resolved, room.plan, room.negative_rate)
-    head: nn.Module = head_of(room.train.run, room.train.transform, tuned.dense)
+    tuned = fine_tune(train, room.held, resolved, room.plan, room.negative_rate, room.train.reference)
+    head: nn.Module = head_of(train.run, train.transform, tuned.dense)
     if finalist.plan.dense != DensePlan():
         head = room.lessons.convert(head, finalist.plan.dense)
     plan = finalist.plan.model_copy(update={"calibrate": room.plan})
@@ -89,7 +89,7 @@ def calibrated(room: Classroom, finalist: Finalist) -> Finalist:
         "params": {**finalist.trial["params"], "calibrate": f"{room.plan.steps} steps"},
         "origin": "calibrated",
         **sizes(room.shared, plan, resolved, room.shared.variants[str(finalist.trial["params"]["dense"])]),
-        **quality(labels, logits, reference, tasks_of(room.train.transform), room.shared.seed),
+        **quality(labels, logits, reference, tasks_of(train.transform), room.shared.seed),
         "rungs": [],
         "plan": plan.model_dump(mode="json", exclude_defaults=True),
         "seconds": round(time.monotonic() - begun, 3),

@@ -186,7 +186,7 @@ def calibrate_some(
     if asked is None or not chosen:
         return [], None
     taught = min(asked.steps * asked.batch_size, TUNED_ROWS)
-    train = ready.sample(spread_rows(dataset, "train", taught)).working
+    train = ready.sample(spread_rows(dataset, "train", taught))
     own_rows = np.arange(min(len(ready.search_rows), asked.held_rows))
     held = ready.sample(ready.search_rows.take(own_rows)).working  # the gate's rows have no part in a head
     room = Classroom(ready.shared, train, held, ready.lessons, asked, dataset.negative_rate)

@@ -176,7 +176,7 @@ def test_fine_tune_of_one_model_is_its_half_of_a_calibration(samples: Samples) -
     plan = ASKED.model_copy(update={"steps": 12, "target": "both"})
     both = samples.calibrated(plan)
     for resolved, expected in ((samples.resolved, both.compressed), (None, both.control)):
-        found = fine_tune(samples.train, samples.held, resolved, plan, 1.0)
+        found = fine_tune(samples.train, samples.held, resolved, plan, 1.0, score(samples.train, None))
         assert (found.step, found.before, found.after) == (expected.step, expected.before, expected.after)
         assert all(torch.equal(found.dense[k], v) for k, v in expected.dense.items())
 
@@ -185,5 +185,5 @@ def test_fine_tune_leaves_the_draws_of_others_alone(samples: Samples) -> None:
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    fine_tune(samples.train, samples.held, None, ASKED.model_copy(update={"steps": 2}), 1.0)
+    fine_tune(samples.train, samples.held, None, ASKED.model_copy(update={"steps": 2}), 1.0, score(samples.train, None))
     assert torch.equal(torch.rand(4), expected)

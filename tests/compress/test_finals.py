@@ -38,8 +38,8 @@ LABELS = {label(plan): plan for plan in SPACE.dense.choice}
 @pytest.fixture(scope="module")
 def room(ready: Preparation) -> Classroom:
     """Training rows, and held rows of the validation split."""
-    train, held = (ready.sample(spread_rows(ready.dataset, s, n)).working for s, n in (("train", 3000), ("val", 400)))
-    return Classroom(ready.shared, train, held, ready.lessons, CALIBRATE, ready.dataset.negative_rate)
+    train, held = (ready.sample(spread_rows(ready.dataset, s, n)) for s, n in (("train", 3000), ("val", 400)))
+    return Classroom(ready.shared, train, held.working, ready.lessons, CALIBRATE, ready.dataset.negative_rate)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,9 @@ def test_calibrated_head_is_tuned_through_its_tables_and_converted_as_its_plan_a
     found, plan = tuned[name], LABELS[name]
     assert found.plan == finalist_of(ready.shared, lines[name]).plan.model_copy(update={"calibrate": CALIBRATE})
     resolved = resolve(found.plan, ready.shared.planner.profiles)
-    expected = fine_tune(room.train, room.held, resolved, CALIBRATE, ready.dataset.negative_rate)
+    expected = fine_tune(
+        room.train.working, room.held, resolved, CALIBRATE, ready.dataset.negative_rate, room.train.reference
+    )
     assert found.tuned is not None
     assert expected.step > 0  # it was improved, so that what follows is worth something
     assert all(torch.equal(found.tuned[k], v) for k, v in expected.dense.items())
@@ -122,7 +124,9 @@ def test_calibrated_line_is_a_trials(
 
 
 def test_control_is_the_fp32_model_tuned_alike(room: Classroom, ready: Preparation) -> None:
-    expected = fine_tune(room.train, room.held, None, CALIBRATE, ready.dataset.negative_rate)
+    expected = fine_tune(
+        room.train.working, room.held, None, CALIBRATE, ready.dataset.negative_rate, room.train.reference
+    )
     found = tuned_control(room)
     assert found.step == expected.step
     assert all(torch.equal(found.dense[k], v) for k, v in expected.dense.items())

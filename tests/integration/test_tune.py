@@ -27,6 +27,7 @@ from compress_builders import World, clicked_world, quiet, save_random_checkpoin
 from cluster.cli import main  # noqa: E402
 from compress.artifact import load_artifact  # noqa: E402
 from compress.config import Choice, SearchConfig, Space  # noqa: E402
+from compress.lookup import TABLE_ALIGNMENT  # noqa: E402
 from compress.model import model_of_checkpoint, translate_rows  # noqa: E402
 from compress.search.decide import front_of, split_rows  # noqa: E402
 from compress.search.objective import compare  # noqa: E402
@@ -171,7 +172,9 @@ def test_the_artifact_is_the_chosen_point(world: World, found: Path) -> None:
     chosen = result["front"][result["chosen"]]
     manifest = json.loads((found / "artifact" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["sizes"]["table_bytes"] == chosen["table_bytes"]
-    assert sum(t["bytes"] + t["id_map_bytes"] for t in result["tables"].values()) == chosen["table_bytes"]
+    stored = sum(t["bytes"] + t["id_map_bytes"] for t in result["tables"].values())
+    tiers = sum(len(t["tiers"]) for t in result["tables"].values())
+    assert 0 <= chosen["table_bytes"] - stored < TABLE_ALIGNMENT * tiers
     scored = told("evaluate", "--model", found / "artifact", "--data", world.dataset.folder, "--split", "val")
     fp32 = told("evaluate", "--model", world.checkpoint.folder, "--data", world.dataset.folder, "--split", "val")
     assert scored["ne"] / fp32["ne"] - 1 <= BUDGET
@@ -224,7 +227,7 @@ def test_earlier_front_comes_first_and_limits_hold(world: World, found: Path) ->
     settings = [t["params"] for t in front_of(searched_trials(found))]
     first = [t for t in trials if t["origin"] == "earlier"]
     assert first
-    assert first == trials[: len(first)]
+    assert max(t["number"] for t in first) < len(first) + 2  # two run side by side
     assert [t["params"] for t in first] == [p for p in settings if p in [t["params"] for t in first]]
     assert all(t["table_bytes"] <= most for t in trials)
     chosen = result["front"][result["chosen"]]
