@@ -87,7 +87,8 @@ def calibrate(
     before those of `resolved`; the steps are divided among all. Deterministic by the plan's seed.
     Raises: PlanError when a loss is not finite.
     """
-    teacher = score(train, None)
+    with torch.random.fork_rng(devices=[]):  # a head is built
+        teacher = score(train, None)
     return Calibration(
         fine_tune(train, held, resolved, plan, negative_rate, teacher, progress, on_the_way),
         fine_tune(train, held, None, plan, negative_rate, teacher, progress, [None] * len(on_the_way)),

@@ -187,8 +187,8 @@ def run_trials(
     if missing <= 0:
         return finished, False
     storage, sampler = make_study(search, limits, finished, waiting)
-    # a trial is drawn when a place for it is free, so that it knows what the others came to
-    os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "1")
+    # as many trials start at once as there are CPUs; no more are drawn ahead, so that each knows what others came to
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max(int(ray.cluster_resources().get("CPU", 1)), 1))
     # a setting that cannot be planned has no figures; without this Tune ends the whole search over it
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     recorder = Recorder(

@@ -182,8 +182,9 @@ def test_fine_tune_of_one_model_is_its_half_of_a_calibration(samples: Samples) -
 
 
 def test_fine_tune_leaves_the_draws_of_others_alone(samples: Samples) -> None:
+    teacher = score(samples.train, None)
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    fine_tune(samples.train, samples.held, None, ASKED.model_copy(update={"steps": 2}), 1.0, score(samples.train, None))
+    fine_tune(samples.train, samples.held, None, ASKED.model_copy(update={"steps": 2}), 1.0, teacher)
     assert torch.equal(torch.rand(4), expected)
