@@ -23,7 +23,7 @@ from compress.onnx_head import head_of
 from compress.search.budget import CODEBOOKS, floor_bytes_of, parse_budget
 from compress.search.decide import split_rows
 from compress.search.halving import rung_ends
-from compress.search.latency import HeadTimes, Latency, calibrate_machine, request_of
+from compress.search.latency import HeadTimes, Latency, MachineCosts, calibrate_machine, request_of
 from compress.search.overhead import fixed_bytes, head_bytes
 from compress.search.planner import Planner, correction
 from compress.search.profile import TableProfile, profile_tables
@@ -86,9 +86,14 @@ class Preparation:
 
 
 def prepare(
-    checkpoint: Checkpoint, dataset: Dataset, search: SearchConfig, parallel: Parallel, progress: ReportProgress
+    checkpoint: Checkpoint,
+    dataset: Dataset,
+    search: SearchConfig,
+    parallel: Parallel,
+    progress: ReportProgress,
+    costs: MachineCosts | None = None,
 ) -> Preparation:
-    """Profile, predict, draw samples, convert heads, time the machine.
+    """Profile, predict, draw samples, convert heads, time the machine (`costs`: as timed before).
 
     Raises: PlanError for a space that no plan is in; DataError with too few rows.
     """
@@ -110,7 +115,7 @@ def prepare(
     nats = sum(
         float(row_losses(whole.labels[:, t], whole.reference[:, t]).mean()) for t in range(whole.labels.shape[1])
     )
-    latency = Latency(request, calibrate_machine(), 0.0, nats)
+    latency = Latency(request, costs or calibrate_machine(), 0.0, nats)
     progress("time lookups", 1, 1)
     slim = {name: p.slim() for name, p in profiles.items()}
     planner = Planner(slim, predicted, dict.fromkeys(slim, 1.0), checkpoint.version, latency)

@@ -47,6 +47,7 @@ from compress.search.finals import (
     tuned_control,
     worth_calibrating,
 )
+from compress.search.latency import MachineCosts
 from compress.search.preparation import MEASURED_ROWS, Preparation, measured_loss, prepare
 from compress.search.ray_tune import in_parallel, read_trials, run_trials
 from compress.search.sampler import Limits
@@ -90,7 +91,7 @@ def tune(
     checkpoint = open_checkpoint(checkpoint_path)
     dataset = data_of(checkpoint, open_dataset(data))
     check_same_search(out, checkpoint, search)
-    ready = prepare(checkpoint, dataset, search, in_parallel, progress)
+    ready = prepare(checkpoint, dataset, search, in_parallel, progress, costs_before(out))
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "search.json", asked_of(ready, checkpoint_path, data))
     search = search.model_copy(update={"space": ready.shared.space})
@@ -344,6 +345,7 @@ def asked_of(ready: Preparation, checkpoint_path: str | Location, data: str | Lo
             "working_set_bytes": sum(r.working.bytes for r in shared.rungs),
         },
         "knobs": list(knobs(shared.space)),
+        "machine_costs": latency.costs.model_dump(mode="json"),
         "hardware": {"machine": shared.planner.latency.costs.machine, "cpus": os.cpu_count()},
         "versions": {n: version(n) for n in ("torch", "torchrec", "fbgemm-gpu-cpu", "ray", "optuna")},
     }
@@ -361,6 +363,14 @@ def check_same_search(out: Path, checkpoint: Checkpoint, search: SearchConfig) -
     for name in ("space", "sample_rows", "selection_rows", "gate_rows", "rungs", "seed"):
         if before["config"][name] != asked[name]:
             raise SlimrankError(f"{out}: was searched with another tune.{name}: keep it, or give another --out")
+
+
+def costs_before(out: Path) -> MachineCosts | None:
+    """What the machine's time was found to cost when a search began, so that a resumed one counts alike."""
+    path = out / "search.json"
+    if not path.exists():
+        return None
+    return MachineCosts.model_validate(json.loads(path.read_text(encoding="utf-8"))["machine_costs"])
 
 
 def earlier_front(folder: Path, search: SearchConfig) -> list[Params]:

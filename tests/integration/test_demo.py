@@ -92,7 +92,7 @@ def test_demo_trains_better_than_factorization_machine(demo: Demo) -> None:
 
 def test_demo_compresses_within_budget_and_size(demo: Demo) -> None:
     fp32, small = demo.result["fp32"], demo.result["compressed"]
-    assert abs(small["auc"] - fp32["auc"]) <= 0.001
+    assert small["auc"] >= fp32["auc"] - 0.001
     assert small["table_bytes"] <= fp32["table_bytes"] / 4
 
 
@@ -191,7 +191,8 @@ def test_tune_resumes_without_repeating_finished_trials(demo: Demo, tmp_path: Pa
     again = tmp_path / "tune"
     shutil.copytree(demo.folder / "tune", again)
     trials = (again / "trials.jsonl").read_text().splitlines()
-    (again / "trials.jsonl").write_text("\n".join(trials[:-3]) + "\n" + trials[-3][:40])  # and a line cut short
+    searched = [t for t in trials if json.loads(t)["origin"] != "calibrated"]
+    (again / "trials.jsonl").write_text("\n".join(searched[:-3]) + "\n" + searched[-3][:40])  # and a line cut short
     shutil.rmtree(again / "artifact")
     command = ["tune", "--checkpoint", demo.folder / "train", "--data", demo.folder / "prepared", "--out", again]
     result = CliRunner().invoke(main, [*map(str, command), "--resume", "--json"])
@@ -199,8 +200,10 @@ def test_tune_resumes_without_repeating_finished_trials(demo: Demo, tmp_path: Pa
     told = json.loads(result.stdout.strip().splitlines()[-1])
     before = json.loads((demo.folder / "tune" / "tune.json").read_text())
     assert told["trials"] == before["trials"]
-    assert [p["table_bytes"] for p in told["front"]] == [p["table_bytes"] for p in before["front"]]
-    assert told["gate"] == before["gate"]
+    assert told["gate"]["rows"] == before["gate"]["rows"]
+    now = (again / "trials.jsonl").read_text().splitlines()
+    assert now[: len(searched) - 3] == searched[:-3]
+    assert len([t for t in now if json.loads(t)["origin"] != "calibrated"]) == len(searched)
 
 
 def test_train_refuses_other_features_than_prepared(demo: Demo, tmp_path: Path) -> None:
