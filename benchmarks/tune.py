@@ -129,6 +129,7 @@ class Bench:
     folder: Path
     scale: Scale
     naive_rows: Sequence[int]
+    ways: Sequence[str]
     began: float = field(default_factory=time.monotonic)
     log: dict[str, Any] = field(default_factory=dict)
     dense: dict[str, torch.Tensor] | None = None
@@ -175,6 +176,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--rows", type=int, help="of the largest tables; 100 million, or a million with --quick")
     parser.add_argument("--seconds", type=float, help="of each search that is compared")
+    parser.add_argument(
+        "--ways", nargs="*", choices=WAYS, default=list(WAYS), help="that `search` compares with random"
+    )
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
     args = parser.parse_args()
     scale = QUICK if args.quick else FULL
@@ -187,7 +191,10 @@ def main() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     torch.set_num_threads(1)
     bench = Bench(
-        Path(tempfile.mkdtemp(prefix="tune-", dir=args.folder)), scale, scale.naive if "naive" in args.only else ()
+        Path(tempfile.mkdtemp(prefix="tune-", dir=args.folder)),
+        scale,
+        scale.naive if "naive" in args.only else (),
+        args.ways,
     )
     try:
         for part in args.only:
@@ -398,9 +405,10 @@ def search(bench: Bench) -> None:
     """Hypervolume of each way and seed at half the time and at all of it, on rows that no search saw."""
     asked = bench.scale.search(trials=100_000, minutes=bench.scale.seconds / 60)
     shared, whole, selection = bench.prepared(bench.scale.rows[0]).load()
-    found: dict[str, dict[float, list[float]]] = {name: {0.5: [], 1.0: []} for name in WAYS}
-    counts: dict[str, list[int]] = {name: [] for name in WAYS}
-    for seed, (name, way) in itertools.product(range(bench.scale.seeds), WAYS.items()):
+    ways = {name: way for name, way in WAYS.items() if name in (*bench.ways, "random")}
+    found: dict[str, dict[float, list[float]]] = {name: {0.5: [], 1.0: []} for name in ways}
+    counts: dict[str, list[int]] = {name: [] for name in ways}
+    for seed, (name, way) in itertools.product(range(bench.scale.seeds), ways.items()):
         own = asked.model_copy(update={"algorithm": way.algorithm, "seed": seed})
         with local_ray(bench.folder / "ray", os.cpu_count() or 1):
             lines = searched(bench, shared if way.stops else whole, own, start=way.start)
