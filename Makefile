@@ -8,10 +8,11 @@ STAMP  := $(VENV)/.installed-$(shell cat pyproject.toml Makefile | cksum | cut -
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test unit lint types clean
+.PHONY: help demo test drills unit lint types clean
 help:
 	@echo "make demo   the whole loop on MovieLens-100K: fetch, prepare, train, tune, serve, ask"
 	@echo "make test   lint, import contracts, types, unit and integration tests"
+	@echo "make drills what breaks on purpose and takes minutes: nodes lost, jobs interrupted"
 	@echo "make unit   the tests that start no Ray"
 	@echo "make clean  remove the virtual environment and caches"
 
@@ -29,7 +30,10 @@ demo: $(STAMP)
 
 test: $(STAMP) lint types
 	@$(BIN)/python -m pytest -m "not integration" -n 2
-	@$(BIN)/python -m pytest -m integration -n 2 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -m "integration and not drill" -n 2 --dist loadfile --no-loadscope-reorder
+
+drills: $(STAMP)
+	@$(BIN)/python -m pytest -m drill
 
 unit: $(STAMP)
 	@$(BIN)/python -m pytest -m "not integration" -n 2

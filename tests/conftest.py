@@ -15,7 +15,8 @@ os.environ["SLIMRANK_CACHE"] = tempfile.mkdtemp(prefix="slimrank-cache-")  # rec
 
 from cluster.session import ALWAYS, QUIET, quiet
 
-LONG = ("test_recipes.py", "test_faults.py")  # minutes each: begun first, so that two processes end together
+# minutes each: begun first, the longest of all before the others, so that two processes end together
+LONG = ("test_recipes.py", "test_demo.py", "test_tune.py", "test_faults.py", "test_criteo.py", "test_submit.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,7 +24,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "integration" in item.path.parts:
             item.add_marker(pytest.mark.integration)
-    items.sort(key=lambda item: ("integration" in item.path.parts, item.path.name not in LONG))
+    place = {name: at for at, name in enumerate(LONG)}
+    items.sort(key=lambda item: ("integration" in item.path.parts, place.get(item.path.name, len(LONG))))
 
 
 @pytest.fixture(scope="session")

@@ -172,6 +172,7 @@ def test_submitted_search_runs_on_several_nodes_and_prints_its_result(raylets: R
     assert len({t["node"] for t in found}) == 2
 
 
+@pytest.mark.drill
 def test_ctrl_c_leaves_the_job_where_nobody_can_answer(raylets: Raylets, small: World) -> None:
     process = start(raylets, small.folder, "--address", raylets.url, "--", *search_of(small, "left", 200))
     wait_until(process, small.folder / "left", 0)
@@ -188,6 +189,7 @@ def test_ctrl_c_leaves_the_job_where_nobody_can_answer(raylets: Raylets, small: 
     assert status_of(raylets, job) == "STOPPED"
 
 
+@pytest.mark.drill
 def test_ctrl_c_stops_the_job_where_the_user_says_so(raylets: Raylets, small: World) -> None:
     ours, terminal = pty.openpty()
     words = ["--address", raylets.url, "--", *search_of(small, "stopped", 200)]
@@ -210,6 +212,7 @@ def test_ctrl_c_stops_the_job_where_the_user_says_so(raylets: Raylets, small: Wo
     assert (small.folder / "stopped" / "artifact" / "manifest.json").exists()
 
 
+@pytest.mark.drill
 def test_search_loses_no_trial_with_a_node(raylets: Raylets, small: World) -> None:
     """The last test of the cluster: it leaves one node."""
     trials = 30
