@@ -228,7 +228,6 @@ def test_earlier_front_comes_first_and_limits_hold(world: World, found: Path) ->
     settings = [t["params"] for t in front_of(searched_trials(found))]
     first = [t for t in trials if t["origin"] == "earlier"]
     assert first
-    assert max(t["number"] for t in first) < len(first) + 2  # two run side by side
     assert all(t["params"] in settings for t in first)
     assert all(t["table_bytes"] <= most for t in trials)
     chosen = result["front"][result["chosen"]]
