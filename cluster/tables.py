@@ -89,7 +89,9 @@ def front_table(result: dict[str, Any]) -> list[str]:
     lines.append(f"gate {word} on {gate['rows']:,} rows the search never saw: {bound}")
     if not gate["passed"]:
         need = gate["rows_to_resolve"]
-        if need > gate["rows"]:
+        if gate.get("ms", 0.0) > gate.get("max_ms", gate.get("ms", 0.0)):
+            lines.append(f"500 candidates take {gate['ms']:.3g} ms, allowed are {gate['max_ms']:g}: allow more")
+        elif need > gate["rows"]:
             lines.append(f"the data cannot resolve this budget: about {need:,} rows would")
         else:
             lines.append(

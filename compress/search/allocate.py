@@ -317,12 +317,11 @@ class _Grid:
         backward_EBT = costs_TEB.transpose(1, 2, 0)[::-1]
         return self.plan(backward_EBT, self.fixed_TB.T, np.zeros_like(self.opening_TB.T))
 
-    def lagrange(self, multiplier: float) -> np.ndarray:
-        """The options (T, E) of least loss, prices included, + multiplier * bytes."""
-        return self.lagrange_each(np.array([multiplier]))[0]
-
     def lagrange_each(self, multipliers_M: np.ndarray) -> np.ndarray:
-        """The same (M, T, E) for several multipliers at once, which takes little longer than for one."""
+        """The options (M, T, E) of least loss, prices included, + multiplier * bytes, for each of some multipliers.
+
+        Several take little longer than one.
+        """
         tables, buckets, options = self.loss_TEB.shape
         weight_M1 = multipliers_M[:, None]
         loss_EBT, bytes_EBT = (np.ascontiguousarray(own.transpose(1, 2, 0)) for own in (self.loss_TEB, self.bytes_TEB))

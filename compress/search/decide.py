@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from statistics import NormalDist
 from typing import Any
 
@@ -59,10 +58,14 @@ def front_of(trials: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return sorted(distinct.values(), key=lambda t: (t["table_bytes"], t["delta_ne_upper"]))
 
 
+def ms_of(point: Mapping[str, Any]) -> float:
+    """Milliseconds of a request by a point of the front: as measured, else as predicted."""
+    return point["ms"] if point["measured_ms"] is None else point["measured_ms"]
+
+
 def holds(point: Mapping[str, Any], max_delta_ne: float, max_ms: float | None) -> bool:
     """Whether a point of the front, scored on selection rows, is within what must hold."""
-    ms = point.get("measured_ms") or point["ms"]
-    return point["selection"]["delta_ne_upper"] <= max_delta_ne and (max_ms is None or ms <= max_ms)
+    return point["selection"]["delta_ne_upper"] <= max_delta_ne and (max_ms is None or ms_of(point) <= max_ms)
 
 
 def candidates(front: Sequence[Mapping[str, Any]], max_delta_ne: float, max_ms: float | None) -> list[int]:
@@ -73,8 +76,8 @@ def candidates(front: Sequence[Mapping[str, Any]], max_delta_ne: float, max_ms: 
     able = [i for i, point in enumerate(front) if holds(point, max_delta_ne, max_ms)]
     if able:
         return sorted(able, key=lambda i: (front[i]["artifact_bytes"], front[i]["ms"]))
-    quick = [i for i, p in enumerate(front) if max_ms is None or (p.get("measured_ms") or p["ms"]) <= max_ms]
-    return [min(quick or range(len(front)), key=lambda i: front[i]["selection"]["delta_ne_upper"])]
+    quick = [i for i, point in enumerate(front) if max_ms is None or ms_of(point) <= max_ms] or range(len(front))
+    return [min(quick, key=lambda i: float(np.nan_to_num(front[i]["selection"]["delta_ne_upper"], nan=np.inf)))]
 
 
 def chance(point: Mapping[str, Any], budget: float, rows: tuple[int, int, int]) -> float:
@@ -113,9 +116,8 @@ def gate(
     """The last of `order` before the first whose bound on the gate's rows is not within the budget, and the verdict.
 
     `qualities`: of each of `order` there; those after the first refusal are not looked at. As the order was settled
-    before and the first refusal ends it, each bound
-    at 95% keeps the whole at 95% (fixed-sequence testing). If the first one is refused, it is what is returned, and the
-    verdict says that it did not pass.
+    before and the first refusal ends it, each bound at 95% keeps the whole at 95% (fixed-sequence testing). If the
+    first one is refused, it is what is returned, and the verdict says that it did not pass.
     Source: Angelopoulos et al., Learn then Test, 2021.
     """
     passed: list[tuple[int, Mapping[str, Any]]] = []
@@ -140,10 +142,23 @@ def gate(
     return chosen, verdict
 
 
+def in_time(verdict: Mapping[str, Any], ms: float, max_ms: float | None) -> dict[str, Any]:
+    """A verdict with the milliseconds of the choice, which does not pass above their limit."""
+    if max_ms is None:
+        return dict(verdict)
+    timed = {**verdict, "ms": ms, "max_ms": max_ms}
+    return timed if ms <= max_ms else {**timed, "passed": False, "rows_to_resolve": 0}
+
+
 def why(front: Sequence[Mapping[str, Any]], chosen: int, verdict: Mapping[str, Any], max_delta_ne: float) -> str:
     """One sentence on why a point was chosen."""
     size, number = f"{front[chosen]['artifact_bytes']:,.0f} bytes", front[chosen]["number"]
     bound = f"{verdict['delta_ne_upper']:+.2%}"
+    if verdict.get("ms", 0.0) > verdict.get("max_ms", math.inf):
+        return (
+            f"No plan on the front is within {verdict['max_ms']:g} ms: trial {number} ({size}) takes "
+            f"{verdict['ms']:.3g} ms."
+        )
     if not verdict["passed"]:
         return (
             f"No plan was shown to hold delta NE of {max_delta_ne:.2%}: trial {number} ({size}), the safest, may lose "
@@ -166,8 +181,3 @@ def described(point: Mapping[str, Any], selection: Mapping[str, Any]) -> dict[st
     """A point of the front as tune.json has it: a trial without what only the trial concerns."""
     kept = ("number", "params", "table_bytes", "artifact_bytes", *QUALITY, "ms")
     return {**{k: point[k] for k in kept if k in point}, "measured_ms": None, "selection": dict(selection)}
-
-
-def quality_of(found: Quality) -> dict[str, float]:
-    """A quality as JSON has it."""
-    return asdict(found)

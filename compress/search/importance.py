@@ -12,7 +12,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compress.search.objective import pareto
+import numpy as np
+
+from compress.search.halving import fronts
 
 TOP = 0.2  # the share of trials that PED-ANOVA compares with all of them
 ENOUGH_TRIALS = 16  # with fewer, the top fifth is three trials or less: no importance is told
@@ -36,7 +38,7 @@ def importance(trials: Sequence[tuple[Params, Values]]) -> dict[str, float]:
     if len(trials) < ENOUGH_TRIALS or not knobs:
         return {}
     study = _study([params for params, _ in trials], knobs)
-    layers = front_numbers([values for _, values in trials])
+    layers = fronts(np.array([values for _, values in trials])).tolist()
     raw = _ped_anova(study, layers)
     shuffle, by_chance = random.Random(0), []
     for _ in range(SHUFFLES):
@@ -49,16 +51,6 @@ def importance(trials: Sequence[tuple[Params, Values]]) -> dict[str, float]:
     total = sum(above.values())
     shares = {knob: value / total for knob, value in above.items()} if total > 0 and math.isfinite(total) else {}
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
-
-
-def front_numbers(values: Sequence[Values]) -> list[int]:
-    """For each point 0 if it is on the Pareto front, 1 if it is on the front of those that are not, and so on."""
-    numbers, left, number = [0] * len(values), list(range(len(values))), 0
-    while left:
-        for index in (front := {left[i] for i in pareto([values[j] for j in left])}):
-            numbers[index] = number
-        left, number = [i for i in left if i not in front], number + 1
-    return numbers
 
 
 def varying(trials: Sequence[Params]) -> list[str]:

@@ -153,14 +153,3 @@ def rows_to_resolve(quality: Quality, rows: int, budget: float) -> int:
     room = budget - quality.delta_ne
     width = quality.delta_ne_upper - quality.delta_ne
     return int(np.ceil(rows * (width / room) ** 2)) if room > 0 else 0
-
-
-def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points (bytes, loss) that no other one beats in both, by rising bytes."""
-    front: list[int] = []
-    best = np.inf
-    for index in sorted(range(len(points)), key=lambda i: points[i]):
-        if points[index][1] < best:
-            front.append(index)
-            best = points[index][1]
-    return front

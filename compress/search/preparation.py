@@ -112,6 +112,7 @@ def prepare(
     progress("time lookups", 0, 1)
     request = request_of(dataset.transform, rows.take(np.arange(min(len(rows), 10_000))).encoded)
     variants = convert_heads(lessons, search.space, HeadTimes(sides_of(dataset.transform), request), progress)
+    check_time(variants, search.max_ms)
     nats = sum(
         float(row_losses(whole.labels[:, t], whole.reference[:, t]).mean()) for t in range(whole.labels.shape[1])
     )
@@ -170,6 +171,16 @@ def convert_heads(lessons: Lessons, space: Space, times: HeadTimes, progress: Re
         variants[label(plan)] = Variant(None if plain else head, size, ms)
         progress("heads", index + 1, len(space.dense.choice))
     return variants
+
+
+def check_time(variants: dict[str, Variant], max_ms: float | None) -> None:
+    """Raises: PlanError when the dense part alone takes longer than is allowed, whichever of its plans."""
+    name = min(variants, key=lambda name: variants[name].ms)
+    if max_ms is not None and variants[name].ms > max_ms:
+        raise PlanError(
+            f"max-ms {max_ms:g}: the dense part alone takes {variants[name].ms:.3g} ms at the least ({name}): allow "
+            "more, or give tune.space.dense a narrower plan"
+        )
 
 
 def within_reach(space: Space, planner: Planner, max_table_bytes: str | None) -> Space:

@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ from trainer.progress import ReportProgress
 from trainer.ray_train import quiet_libraries
 
 RETRIES = 3  # of a trial whose process or node was lost
-UNUSED = {"config", "done", "trial_id", "node_ip", "hostname"}
 KEPT = ("table_bytes", "artifact_bytes", "delta_ne", "delta_ne_upper", "delta_auc", "delta_auc_lower", "overlap", "ms")
 
 
@@ -132,15 +131,10 @@ class Recorder(ray.tune.Callback):
     origin: Callable[[Params], str]
     began: float
     numbers: int = 0
-    latest: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:  # noqa: ARG002
-        """Keep the newest result of a trial under way."""
-        self.latest[trial.trial_id] = result
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:  # noqa: ARG002
         """Append the trial's result."""
-        self._write(trial.config, self.latest.pop(trial.trial_id, trial.last_result))
+        self._write(trial.config, trial.last_result)
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:  # noqa: ARG002
         """A trial whose process was lost too often, or that met a defect."""
@@ -230,7 +224,8 @@ def run_trials(
         except KeyboardInterrupt:
             return read_trials(path), True
         finally:
-            progress("trials", search.trials, search.trials)
+            if recorder.numbers < search.trials:  # Ctrl-C, or the minutes are over
+                progress("trials", recorder.numbers, recorder.numbers)
     return read_trials(path), False
 
 

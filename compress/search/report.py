@@ -1,4 +1,4 @@
-"""The folder of a search as one plain value, for the page (report_html.py) and for a terminal (report_text.py).
+"""The folder of a search as one plain value, for the page (report_html.py) and for a terminal (cluster/reports.py).
 
 In: search.json, trials.jsonl and tune.json of `slimrank tune`, of which any may be missing, as a search that was killed
 or an older version left them. Out: a Report. What is not there stays None, an infinity or NaN counts as not there; a
@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import numpy as np
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from compress.search.halving import fronts
 from compress.search.importance import importance
-from compress.search.objective import pareto
 from trainer.config import describe
 from trainer.errors import SlimrankError
 
@@ -112,6 +113,8 @@ class Gate(Quality):
     tried: tuple[int, ...] = ()
     refused: tuple[Refused, ...] = ()
     confidence: Number = None
+    ms: Number = None
+    max_ms: Number = None
     rows_to_resolve: Count = None
     tasks: dict[str, Quality] = Field(default_factory=dict)
 
@@ -343,5 +346,6 @@ def read_trials(path: Path) -> tuple[tuple[Trial, ...], int]:
 def front_of(trials: Sequence[Trial]) -> tuple[Point, ...]:
     """The Pareto front of bytes and the bound of delta NE, over the trials that were not stopped early."""
     whole = [t for t in trials if t.finished and not t.stopped and t.delta_ne_upper is not None]
-    keep = pareto([(t.table_bytes or 0.0, t.delta_ne_upper or 0.0) for t in whole])
+    points = np.array([(t.table_bytes or 0.0, t.delta_ne_upper or 0.0) for t in whole]).reshape(-1, 2)
+    keep = sorted(np.flatnonzero(fronts(points) == 0).tolist(), key=lambda i: tuple(points[i]))
     return tuple(Point.model_validate(whole[i].model_dump()) for i in keep)

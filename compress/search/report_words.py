@@ -93,11 +93,11 @@ def gate_words(gate: Gate) -> list[str]:
     figures = f"delta NE {percent(gate.delta_ne, 4)}, {level} {percent(gate.delta_ne_upper, 4)}"
     budget = "" if gate.budget is None else f", budget {percent(gate.budget, 4)}"
     lines = [f"The gate {'passed' if gate.passed else 'did NOT pass'}{rows}: {figures}{budget}."]
-    if len(gate.refused) == 1:
-        lines.append("A smaller plan was tried before it, and refused.")
-    elif gate.refused:
-        lines.append(f"{len(gate.refused)} plans were tried and refused.")
-    if not gate.passed and gate.rows_to_resolve and gate.rows_to_resolve > (gate.rows or 0):
+    if gate.passed and gate.refused:
+        lines.append("The next smaller plan was tried after it, and refused.")
+    if gate.ms is not None and gate.max_ms is not None and gate.ms > gate.max_ms:
+        lines.append(f"500 candidates take {gate.ms:.3g} ms, allowed are {gate.max_ms:g}: allow more.")
+    elif not gate.passed and gate.rows_to_resolve and gate.rows_to_resolve > (gate.rows or 0):
         lines.append(f"The data cannot resolve this budget: about {gate.rows_to_resolve:,.0f} rows would.")
     elif not gate.passed:
         lines.append("No plan tried holds this budget: allow more bits, or a larger --max-delta-ne.")

@@ -35,7 +35,8 @@ from compress.methods.calibrate import Tuned, with_head
 from compress.methods.dense import DensePlan
 from compress.model import translate_rows, whole_table
 from compress.peers import PEERS, Peer, whole_id_maps_bytes
-from compress.search.decide import candidates, chain, chance, described, front_of, gate, why
+from compress.search.budget import parse_budget
+from compress.search.decide import candidates, chain, chance, described, front_of, gate, in_time, ms_of, why
 from compress.search.finals import (
     Classroom,
     Finalist,
@@ -88,12 +89,17 @@ def tune(
     if not resume:
         check_new(out)
     first = earlier_front(earlier, search) if earlier is not None else []
+    if search.max_table_bytes is not None:
+        parse_budget(search.max_table_bytes, 1)  # before the long work
     checkpoint = open_checkpoint(checkpoint_path)
     dataset = data_of(checkpoint, open_dataset(data))
-    check_same_search(out, checkpoint, search)
-    ready = prepare(checkpoint, dataset, search, in_parallel, progress, costs_before(out))
+    before = search_of(out)
+    if before is not None:
+        check_same_search(out, before, checkpoint, search)
+    costs = None if before is None else MachineCosts.model_validate(before["machine_costs"])
+    ready = prepare(checkpoint, dataset, search, in_parallel, progress, costs)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "search.json", asked_of(ready, checkpoint_path, data))
+    write_json(out / "search.json", asked_of(ready, checkpoint_path, data, before))
     search = search.model_copy(update={"space": ready.shared.space})
     first = [params for params in first if within(search.space, params)]
     limits = Limits(search.max_delta_ne, float("inf") if search.max_ms is None else search.max_ms)
@@ -153,6 +159,7 @@ def result_of(
     qualities = in_parallel(judged, (shared, gate_sample), [finalists[i] for i in links])
     progress("gate", len(links), len(links))
     chosen, verdict = gate(links, qualities, budget, gate_rows)
+    verdict = in_time(verdict, ms_of(points[chosen]), search.max_ms)
     winner = finalists[chosen]
     if winner.tuned is not None and control is not None:
         verdict["control"] = control_on(gate_sample, control)
@@ -220,12 +227,12 @@ def write_winner(
     metrics: Mapping[str, Any],
     progress: ReportProgress,
 ) -> None:
-    """Write the artifact and the plan; show that the artifact scores as the trial did.
+    """Write the artifact and the plan; show that the artifact scores as the trial did, and only then let it be it.
 
     Raises: ArtifactError when it does not.
     """
-    artifact = out / "artifact"
-    shutil.rmtree(artifact, ignore_errors=True)  # of the same search before it went on
+    artifact = out / ".artifact"
+    shutil.rmtree(artifact, ignore_errors=True)  # of a search that was killed here
     compress(
         ready.checkpoint,
         ready.dataset,
@@ -240,6 +247,8 @@ def write_winner(
     rows = np.arange(min(len(sample.labels), CHECKED_ROWS))
     expected = score(sample.working.take(rows), resolve(winner.plan, ready.shared.planner.profiles), winner.head)
     check_artifact(artifact, ready.dataset, ready.gate_rows.take(rows), expected)
+    shutil.rmtree(out / "artifact", ignore_errors=True)  # of the same search before it went on
+    artifact.rename(out / "artifact")
     write_text(out / "plan.yaml", yaml.safe_dump(winner.plan.model_dump(mode="json"), sort_keys=False))
 
 
@@ -316,18 +325,32 @@ def peer_quality(shared: tuple[Sample, int], peer: Peer) -> dict[str, Any] | Non
 # -- what a search says of itself --------------------------------------------------------------------------------------
 
 
-def asked_of(ready: Preparation, checkpoint_path: str | Location, data: str | Location) -> dict[str, Any]:
-    """search.json: what was asked, of what, on which machine."""
+def search_of(out: Path) -> dict[str, Any] | None:
+    """The search.json of a search that goes on; None where one begins."""
+    path = out / "search.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def asked_of(
+    ready: Preparation,
+    checkpoint_path: str | Location,
+    data: str | Location,
+    before: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """search.json: what was asked, of what, on which machine; one that goes on keeps its command and its beginning."""
     shared, checkpoint, selection = ready.shared, ready.checkpoint, ready.selection
     tables = [whole_table(t, t.num_embeddings) for t in ready.dataset.transform.tables.values()]
     plain, latency = shared.variants.get("fp32"), shared.planner.latency
     dense_bytes = sum(t.nbytes for t in checkpoint.dense_state().values())
     table_fp32 = shared.planner.fp32_bytes
+    begun = {
+        "command": shlex.join(["slimrank", *sys.argv[1:]]),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
     return {
         "version": 1,
-        "command": shlex.join(["slimrank", *sys.argv[1:]]),
+        **(begun if before is None else {name: before[name] for name in begun}),
         "config": ready.search.model_dump(mode="json"),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "checkpoint": {"path": str(checkpoint_path), "version": checkpoint.version, "name": checkpoint.run.name},
         "data": {"path": str(data), "fingerprint": checkpoint.fingerprint},
         "fp32": {
@@ -346,31 +369,19 @@ def asked_of(ready: Preparation, checkpoint_path: str | Location, data: str | Lo
         },
         "knobs": list(knobs(shared.space)),
         "machine_costs": latency.costs.model_dump(mode="json"),
-        "hardware": {"machine": shared.planner.latency.costs.machine, "cpus": os.cpu_count()},
+        "hardware": {"machine": latency.costs.machine, "cpus": os.cpu_count()},
         "versions": {n: version(n) for n in ("torch", "torchrec", "fbgemm-gpu-cpu", "ray", "optuna")},
     }
 
 
-def check_same_search(out: Path, checkpoint: Checkpoint, search: SearchConfig) -> None:
+def check_same_search(out: Path, before: Mapping[str, Any], checkpoint: Checkpoint, search: SearchConfig) -> None:
     """Raises: SlimrankError when `out` holds a search of another checkpoint, or over another space or sample."""
-    path = out / "search.json"
-    if not path.exists():
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
     asked = search.model_dump(mode="json")
     if before["checkpoint"]["version"] != checkpoint.version:
         raise SlimrankError(f"{out}: is a search of another checkpoint: give that one, or another --out")
     for name in ("space", "sample_rows", "selection_rows", "gate_rows", "rungs", "seed"):
         if before["config"][name] != asked[name]:
             raise SlimrankError(f"{out}: was searched with another tune.{name}: keep it, or give another --out")
-
-
-def costs_before(out: Path) -> MachineCosts | None:
-    """What the machine's time was found to cost when a search began, so that a resumed one counts alike."""
-    path = out / "search.json"
-    if not path.exists():
-        return None
-    return MachineCosts.model_validate(json.loads(path.read_text(encoding="utf-8"))["machine_costs"])
 
 
 def earlier_front(folder: Path, search: SearchConfig) -> list[Params]:

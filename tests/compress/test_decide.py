@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from statistics import NormalDist
 from typing import Any
 
@@ -18,7 +19,7 @@ from compress.search.decide import (
     front_of,
     gate,
     holds,
-    quality_of,
+    in_time,
     split_rows,
     split_sizes,
     why,
@@ -152,7 +153,7 @@ def test_where_none_holds_the_closest_comes() -> None:
 
 
 def quality(upper: float) -> dict[str, Any]:
-    return {**quality_of(Quality(upper - 0.0004, upper, 0.0, -0.1)), "overlap": 0.8}
+    return {**asdict(Quality(upper - 0.0004, upper, 0.0, -0.1)), "overlap": 0.8}
 
 
 def run_gate(uppers: dict[int, float], order: list[int]) -> tuple[int, dict[str, Any]]:
@@ -227,6 +228,16 @@ def test_chain_falls_in_size_and_in_chance_and_keeps_both_ends() -> None:
     few = chain(front, range(40), chances, 2)
     assert few == [links[0], links[-1]]
     assert chain(front, [3], chances, 5) == [3]
+
+
+def test_verdict_does_not_pass_above_the_limit_of_time() -> None:
+    _, verdict = run_gate({0: 0.0}, [0])
+    assert in_time(verdict, 3.0, None) == verdict
+    assert in_time(verdict, 3.0, 3.0)["passed"]
+    late = in_time(verdict, 3.0, 2.0)
+    assert (late["passed"], late["ms"], late["max_ms"]) == (False, 3.0, 2.0)
+    front = [{"number": 3, "artifact_bytes": 1000}]
+    assert why(front, 0, late, 0.001) == "No plan on the front is within 2 ms: trial 3 (1,000 bytes) takes 3 ms."
 
 
 def test_why_is_one_sentence_that_names_the_trial_its_bytes_and_the_bound() -> None:

@@ -7,7 +7,7 @@ import random
 import pytest
 from search_builders import trial
 
-from compress.search.importance import front_numbers, importance, is_choice, spread_out, varying
+from compress.search.importance import importance, is_choice, spread_out, varying
 
 
 def planted(count: int, shuffled: bool = False) -> list:
@@ -43,11 +43,6 @@ def test_knobs_that_only_some_trials_have() -> None:
     rng = random.Random(0)
     trials = [({"a": n % 2, **({"b": rng.random()} if n % 3 else {})}, (1.0 + n % 2, 2.0 + n % 2)) for n in range(40)]
     assert next(iter(importance(trials))) == "a"
-
-
-def test_front_numbers_peel_fronts() -> None:
-    assert front_numbers([(1, 3), (3, 1), (2, 4), (3, 3), (4, 4)]) == [0, 0, 1, 1, 2]
-    assert front_numbers([]) == []
 
 
 def test_kinds_of_knobs() -> None:

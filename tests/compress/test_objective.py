@@ -17,7 +17,6 @@ from compress.search.objective import (
     delta_auc_error,
     delta_ne,
     midranks,
-    pareto,
     placements,
     rows_to_resolve,
     top_overlap,
@@ -186,37 +185,6 @@ def test_compare_takes_the_worst_task(noisiest: int) -> None:
     alone = [compare(*t) for t in tasks]
     assert compare(labels, changed, reference) == alone[noisiest]
     assert alone[noisiest].delta_ne_upper == max(q.delta_ne_upper for q in alone)
-
-
-@pytest.mark.parametrize(
-    ("points", "front"),
-    [
-        ([], []),
-        ([(5, 1.0)], [0]),
-        ([(3, 0.1), (1, 0.3), (2, 0.2)], [1, 2, 0]),
-        ([(1, 0.3), (2, 0.4), (3, 0.2)], [0, 2]),  # the second is larger and worse
-        ([(1, 0.3), (1, 0.2), (1, 0.4)], [1]),
-        ([(1, 0.3), (2, 0.3)], [0]),  # as good for less
-        ([(2, -0.1), (1, 0.0), (3, -0.1)], [1, 0]),
-    ],
-)
-def test_pareto_keeps_what_nothing_beats(points: list[tuple[float, float]], front: list[int]) -> None:
-    assert pareto(points) == front
-
-
-def test_pareto_of_many_points_equals_the_definition() -> None:
-    rng = np.random.default_rng(0)
-    points = [(float(b), float(q)) for b, q in zip(rng.integers(0, 60, 300), rng.normal(size=300), strict=True)]
-    front = pareto(points)
-
-    def beaten(i: int) -> bool:
-        return any(
-            points[j][0] <= points[i][0] and points[j][1] <= points[i][1] and points[j] != points[i]
-            for j in range(len(points))
-        )
-
-    assert sorted(front) == [i for i in range(300) if not beaten(i)]
-    assert [points[i] for i in front] == sorted(points[i] for i in front)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from compress.search.planner import LEAST, MOST, correction
 from compress.search.preparation import (
     ABOVE_FLOOR,
     Preparation,
+    check_time,
     convert_heads,
     inputs_of,
     measured_corrections,
@@ -31,6 +32,7 @@ from compress.search.preparation import (
     within_reach,
 )
 from compress.search.space import label, setting, start_points
+from compress.search.trials import Variant
 from compress.search.working_set import score
 from trainer.data.reader import spread_rows
 from trainer.metrics import row_losses
@@ -232,3 +234,11 @@ def test_samples_are_scored_alike_each_time_and_in_part(ready: Preparation) -> N
     some = ready.selection.take(np.arange(50))
     assert np.array_equal(some.reference, ready.selection.reference[:50])
     np.testing.assert_allclose(score(some.working, None), some.reference, rtol=0, atol=1e-6)
+
+
+def test_limit_below_the_dense_parts_own_time_is_refused_before_the_trials() -> None:
+    variants = {"fp32": Variant(None, 100, 4.0), "int8": Variant(None, 100, 2.0)}
+    check_time(variants, None)
+    check_time(variants, 2.0)
+    with pytest.raises(PlanError, match=r"max-ms 1\.5: the dense part alone takes 2 ms at the least \(int8\)"):
+        check_time(variants, 1.5)

@@ -156,7 +156,7 @@ def test_submit_passes_on_the_exit_code_of_a_job_that_fails(raylets: Raylets, tm
 # -- searches --------------------------------------------------------------------------------------------------------
 
 
-def test_submitted_search_runs_on_several_nodes_and_prints_its_result(raylets: Raylets, small: World) -> None:
+def test_submitted_search_prints_its_result(raylets: Raylets, small: World) -> None:
     code, out, err = submitted(
         raylets, small.folder, "--json", "--name", "nightly", "--", *search_of(small, "found", 20)
     )
@@ -167,9 +167,7 @@ def test_submitted_search_runs_on_several_nodes_and_prints_its_result(raylets: R
     assert Path(json.loads(line)["artifact"]) == small.folder / "found" / "artifact"
     written = json.loads((small.folder / "found" / "tune.json").read_text(encoding="utf-8"))
     assert written["chosen"] == json.loads(line)["chosen"]
-    found = trials_of(small.folder / "found")
-    assert len(found) == 20
-    assert len({t["node"] for t in found}) == 2
+    assert len(trials_of(small.folder / "found")) == 20
 
 
 @pytest.mark.drill
@@ -213,11 +211,12 @@ def test_ctrl_c_stops_the_job_where_the_user_says_so(raylets: Raylets, small: Wo
 
 
 @pytest.mark.drill
-def test_search_loses_no_trial_with_a_node(raylets: Raylets, small: World) -> None:
+def test_search_runs_on_every_node_and_loses_no_trial_with_one(raylets: Raylets, small: World) -> None:
     """The last test of the cluster: it leaves one node."""
-    trials = 30
+    trials = 100
     process = start(raylets, small.folder, "--address", raylets.url, "--json", "--", *search_of(small, "lost", trials))
-    wait_until(process, small.folder / "lost", 2)
+    while len({t["node"] for t in trials_of(small.folder / "lost")}) < 2:  # the second may have started much later
+        wait_until(process, small.folder / "lost", len(trials_of(small.folder / "lost")) + 1)
     assert raylets.ask("remove node1") == "node1"
     at_removal = len(trials_of(small.folder / "lost"))
     assert at_removal < trials
