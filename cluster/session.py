@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from serve.fast_path import environment
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ def ray_session(address: str | None = None, *, debug: bool = False) -> Iterator[
         os.environ.setdefault(key, value)
     if not debug:
         quiet()
+    fast = environment()  # of Ray Serve; a local Ray inherits it, on a cluster it goes with the driver
+    for key, value in fast.items():
+        os.environ.setdefault(key, value)
     import ray
 
     if ray.is_initialized():
@@ -62,7 +66,7 @@ def ray_session(address: str | None = None, *, debug: bool = False) -> Iterator[
             address=where,
             logging_level=level,
             log_to_driver=debug,
-            **({"include_dashboard": False} if where == "local" else {}),
+            **({"include_dashboard": False} if where == "local" else {"runtime_env": {"env_vars": fast}}),
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(f"no Ray cluster at {where}: {str(error).splitlines()[0]}: check --address") from None

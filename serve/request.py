@@ -5,6 +5,7 @@ Bodies are validated here for shape; whether a value fits its feature shows when
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, StrictInt, StrictStr, ValidationError
@@ -48,6 +49,18 @@ class RankResponse(BaseModel):
     items: list[RankedItem]
     ms: float
     ignored: list[str] | None = None
+
+
+def parse_body(body: bytes, max_candidates: int) -> RankRequest:
+    """Decode and validate the bytes of a JSON body.
+
+    Raises: RequestError, 400 when they are not JSON, else naming the field.
+    """
+    try:
+        decoded = json.loads(body, parse_constant=refuse_constant)
+    except (ValueError, RecursionError):
+        raise RequestError("body", "is not valid JSON", 400) from None
+    return parse_request(decoded, max_candidates)
 
 
 def parse_request(body: Any, max_candidates: int) -> RankRequest:

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from compress.config import CalibrationPlan, CompressionPlan, SearchConfig, TablePlan, TierPlan
 from compress.methods.dense import DensePlan
-from serve.config import ServeConfig
+from serve.config import ServeConfig, SwapConfig
 from trainer.config import (
     Distill,
     MetricsConfig,
@@ -59,6 +59,7 @@ SECTIONS += [
     TierPlan,
     SearchConfig,
     ServeConfig,
+    SwapConfig,
 ]
 
 
