@@ -187,25 +187,6 @@ def test_altered_artifact_is_refused_in_one_line(demo: Demo, tmp_path: Path) -> 
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-def test_tune_resumes_without_repeating_finished_trials(demo: Demo, tmp_path: Path) -> None:
-    again = tmp_path / "tune"
-    shutil.copytree(demo.folder / "tune", again)
-    trials = (again / "trials.jsonl").read_text().splitlines()
-    searched = [t for t in trials if json.loads(t)["origin"] != "calibrated"]
-    (again / "trials.jsonl").write_text("\n".join(searched[:-3]) + "\n" + searched[-3][:40])  # and a line cut short
-    shutil.rmtree(again / "artifact")
-    command = ["tune", "--checkpoint", demo.folder / "train", "--data", demo.folder / "prepared", "--out", again]
-    result = CliRunner().invoke(main, [*map(str, command), "--resume", "--json"])
-    assert result.exit_code == 0, result.output + str(result.exception)
-    told = json.loads(result.stdout.strip().splitlines()[-1])
-    before = json.loads((demo.folder / "tune" / "tune.json").read_text())
-    assert told["trials"] == before["trials"]
-    assert told["gate"]["rows"] == before["gate"]["rows"]
-    now = (again / "trials.jsonl").read_text().splitlines()
-    assert now[: len(searched) - 3] == searched[:-3]
-    assert len([t for t in now if json.loads(t)["origin"] != "calibrated"]) == len(searched)
-
-
 def test_train_refuses_other_features_than_prepared(demo: Demo, tmp_path: Path) -> None:
     text = (Path(__file__).parents[2] / "configs" / "movielens.yaml").read_text()
     (tmp_path / "run.yaml").write_text(text.replace("    - {name: gender, kind: categorical, side: user}\n", ""))

@@ -169,6 +169,7 @@ def resumed(config: Path, data: Path, out: Path, *more: str) -> dict[str, Any]:
     return json.loads(stdout.splitlines()[-1])
 
 
+@pytest.mark.drill
 def test_run_whose_driver_was_killed_goes_on_under_its_supervisor(
     synthetic: tuple[Path, Path], whole: Path, tmp_path: Path
 ) -> None:
@@ -189,6 +190,7 @@ def test_other_number_of_workers_sees_each_row_once_after_a_kill(synthetic: tupl
     assert open_checkpoint(tmp_path / "run" / f"step-{EPOCHS * TRAIN_ROWS:012d}").manifest["world_size"] == 1
 
 
+@pytest.mark.drill
 def test_elastic_run_goes_on_without_a_lost_node(synthetic: tuple[Path, Path], tmp_path: Path) -> None:
     config, data = synthetic
     script = Path(__file__).with_name("elastic_run.py")
