@@ -33,6 +33,7 @@ from compress.checks import (
     check_file,
     check_head,
     check_ids,
+    check_reference,
     check_run,
     check_tables_fit,
     read_golden,
@@ -97,16 +98,28 @@ class Artifact:
     model: CompressedModel
     catalogue: Catalogue | None
     golden: pa.Table
+    catalogue_digest: str | None = None  # of the file that the catalogue was read from, where it is not the artifact's
 
     @property
     def version(self) -> str:
-        """A short name of exactly this artifact."""
-        return self.model.version
+        """A short name of exactly this artifact, and of the catalogue where that is not its own."""
+        own = self.model.version
+        return own if self.catalogue_digest is None else joint_version(own, self.catalogue_digest)
 
     @property
     def sizes(self) -> dict[str, int]:
         """table_bytes (rows, scale, bias, padding, centroids, id map), table_bytes_fp32, artifact_bytes."""
         return self.manifest["sizes"]
+
+
+def joint_version(version: str, catalogue_digest: str) -> str:
+    """The name of an artifact with another catalogue than its own."""
+    return f"{version}+{catalogue_digest[:8]}"
+
+
+def version_with(version: str, catalogue: Path) -> str:
+    """The name of an artifact with the catalogue in a file. Raises: ArtifactError when there is no such file."""
+    return joint_version(version, checksum(catalogue, full=False))
 
 
 def is_artifact(path: str | Location) -> bool:
@@ -245,6 +258,7 @@ def _open(folder: Path, manifest: dict[str, Any], paths: Mapping[str, Path]) -> 
     run = parse_run(manifest["run"], str(folder / MANIFEST))
     infos, numerics, schema = read_description(paths["transform.json"])
     check_tables_fit(infos, manifest, str(folder))
+    check_reference(manifest, [t.name for t in schema.tasks], str(folder / MANIFEST))
     tables = stored_tables(manifest)
     rows = {t.name: t.rows for t in tables}
     ids = read_ids(paths["ids.arrow"], infos, tables)

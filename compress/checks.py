@@ -19,13 +19,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from compress.catalogue import Catalogue
+from compress.catalogue import Catalogue, ItemIds
 from compress.dense import check_graph
 from compress.errors import ArtifactError
 from compress.ids import LooseIdMap
 from compress.lookup import INT32_MAX, StoredTable
 from compress.manifest import parse_json
 from trainer.config import RunConfig
+from trainer.data.schema import BagFeature
 from trainer.data.transform import MISSING_ROW, OOV_ROW, RESERVED_ROWS, IdMap, TableInfo, Transform, read_arrow
 from trainer.models import build_head, lookups_of
 
@@ -36,6 +37,7 @@ MOST_LOOKUPS = 1 << 16
 MOST_GOLDEN_ROWS = 4096
 ARROW_MAGIC = b"ARROW1"
 RECORD_BATCH = 3  # Message.header_type of Arrow's format/Message.fbs
+Buffer = mmap.mmap | bytes
 BLOCK_BYTES = 24  # Footer.recordBatches: offset int64, metadata length int32, padding, body length int64
 
 
@@ -84,6 +86,15 @@ def check_run(run: Any, where: str) -> None:
             raise ArtifactError(f"{where}: run.model.{key}: {len(value):,} layers, at most {MOST_LAYERS} may be")
 
 
+def check_reference(manifest: Mapping[str, Any], tasks: Sequence[str], where: str) -> None:
+    """Raises: ArtifactError when metrics.score_reference is of a task that the schema has not."""
+    for task in manifest["metrics"].get("score_reference") or {}:
+        if task not in tasks:
+            raise ArtifactError(
+                f"{where}: metrics.score_reference: no task {task[:80]!r}, they are: {', '.join(tasks)}"
+            )
+
+
 # -- Arrow -----------------------------------------------------------------------------------------------------------
 
 
@@ -99,7 +110,7 @@ def check_arrow(path: Path) -> None:
         with pa.memory_map(str(path)) as source:
             columns = pa.ipc.open_file(source).schema
         for column in columns:
-            if not _is_plain(column.type):
+            if not is_plain(column.type):
                 raise ArtifactError(f"{path}: column {column.name[:80]!r} is {str(column.type)[:80]}, not a plain type")
         if len(set(columns.names)) != len(columns):
             raise ArtifactError(f"{path}: a column is named twice")
@@ -119,9 +130,9 @@ def _check_blocks(content: mmap.mmap, where: str) -> None:
     if content[:6] != ARROW_MAGIC or content[-6:] != ARROW_MAGIC or not 8 <= start <= len(content) - 10:
         raise ArtifactError(f"{where}: not an Arrow file, or cut short")
     (root,) = struct.unpack_from("<I", content, start)
-    if _vector(content, _field(content, start + root, 2))[1]:
+    if _vector(content, flatbuffer_field(content, start + root, 2))[1]:
         raise ArtifactError(f"{where}: holds dictionaries, which could grow without bound on reading")
-    at, count = _vector(content, _field(content, start + root, 3))
+    at, count = _vector(content, flatbuffer_field(content, start + root, 3))
     end = 8
     for index in range(count):
         offset, head, body = struct.unpack_from("<qi4xq", content, at + index * BLOCK_BYTES)
@@ -134,15 +145,15 @@ def _check_blocks(content: mmap.mmap, where: str) -> None:
 def _check_batch(content: mmap.mmap, offset: int, where: str) -> None:
     marker, _, root = struct.unpack_from("<IiI", content, offset)
     message = offset + 8 + root
-    kind, header = _field(content, message, 1), _field(content, message, 2)
+    kind, header = flatbuffer_field(content, message, 1), flatbuffer_field(content, message, 2)
     if marker != 0xFFFFFFFF or kind is None or header is None or content[kind] != RECORD_BATCH:
         raise ArtifactError(f"{where}: holds something else than record batches")
     (target,) = struct.unpack_from("<I", content, header)
-    if _field(content, header + target, 3) is not None:
+    if flatbuffer_field(content, header + target, 3) is not None:
         raise ArtifactError(f"{where}: holds a compressed batch, which could grow without bound on reading")
 
 
-def _field(content: mmap.mmap, table: int, index: int) -> int | None:
+def flatbuffer_field(content: Buffer, table: int, index: int) -> int | None:
     """Where a field of a flatbuffers table lies, None when it is absent."""
     (back,) = struct.unpack_from("<i", content, table)
     vtable = table - back
@@ -155,7 +166,7 @@ def _field(content: mmap.mmap, table: int, index: int) -> int | None:
     return table + offset if offset else None
 
 
-def _vector(content: mmap.mmap, field: int | None) -> tuple[int, int]:
+def _vector(content: Buffer, field: int | None) -> tuple[int, int]:
     """First byte and length of a flatbuffers vector; (0, 0) when it is absent."""
     if field is None:
         return 0, 0
@@ -164,12 +175,12 @@ def _vector(content: mmap.mmap, field: int | None) -> tuple[int, int]:
     return field + target + 4, count
 
 
-def _is_plain(kind: pa.DataType) -> bool:
+def is_plain(kind: pa.DataType) -> bool:
     """Types whose values take bytes of their own, so that rows are bounded by the file."""
     if pa.types.is_fixed_size_list(kind):
-        return kind.list_size > 0 and _is_plain(kind.value_type)
+        return kind.list_size > 0 and is_plain(kind.value_type)
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return _is_plain(kind.value_type)
+        return is_plain(kind.value_type)
     texts = (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
     return kind in texts or (pa.types.is_primitive(kind) and kind.bit_width > 0) or pa.types.is_decimal(kind)
 
@@ -220,16 +231,26 @@ def check_catalogue(catalogue: Catalogue, transform: Transform, rows: Mapping[st
     keys = catalogue.keys
     if keys.dtype != np.uint64 or (keys[1:] < keys[:-1]).any():
         raise ArtifactError(f"{where}: keys are not sorted 64-bit hashes")
-    dense = catalogue.encoded.dense
-    if dense.dtype != np.float32 or not np.isfinite(dense).all() or len(dense) != count:
-        raise ArtifactError(f"{where}: dense columns are not finite fp32")
-    for name, ragged in catalogue.encoded.sparse.items():
-        weighed = ragged.weights is None or (len(ragged.weights) == len(ragged.values))
-        fits = ragged.lengths is None or int(ragged.lengths.sum()) == len(ragged.values)
-        if len(ragged) != count or not weighed or not fits:
-            raise ArtifactError(f"{where}: feature {name}: bags are not those of {count:,} items")
-        if not _within(ragged.values, rows[transform.table_of(name).name]):
+    for column in catalogue.dense:
+        if column.dtype != np.float32 or not np.isfinite(column).all():
+            raise ArtifactError(f"{where}: dense columns are not finite fp32")
+    for name, ids in catalogue.sparse.items():
+        _check_item_ids(ids, transform, name, count, where)
+        if not _within(ids.values, rows[transform.table_of(name).name]):
             raise ArtifactError(f"{where}: feature {name}: an item reads a row that the table has not")
+
+
+def _check_item_ids(ids: ItemIds, transform: Transform, name: str, count: int, where: str) -> None:
+    bags = isinstance(transform.sparse[name], BagFeature)
+    if ids.values.dtype.kind not in "iu" or bags != (ids.offsets is not None) or len(ids) != count:
+        raise ArtifactError(f"{where}: feature {name}: not {'bags' if bags else 'rows'} of {count:,} items")
+    if ids.offsets is None:
+        return
+    offsets, total = ids.offsets, len(ids.values)
+    whole = offsets.dtype == np.int32 and offsets[0] >= 0 and offsets[-1] <= total and (np.diff(offsets) >= 0).all()
+    weighed = ids.weights is None or (ids.weights.dtype == np.float32 and len(ids.weights) == total)
+    if not whole or not weighed or transform.weighted != (ids.weights is not None):
+        raise ArtifactError(f"{where}: feature {name}: bags are not those of {count:,} items")
 
 
 def check_head(run: RunConfig, transform: Transform, shapes: Mapping[str, Sequence[int]] | None, where: str) -> None:

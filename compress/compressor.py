@@ -30,6 +30,7 @@ from compress.methods.lowrank import energies, factor, rank_for_energy
 from compress.methods.prune import keep_columns
 from compress.model import SCORE_ROWS, CompressedModel, build_model, translate_rows
 from compress.onnx_head import OnnxHead, head_of
+from compress.score_reference import REFERENCE_ROWS, references_of
 from compress.search.profile import TableProfile
 from trainer.checkpoint import Checkpoint
 from trainer.data.batch import to_batch
@@ -38,7 +39,7 @@ from trainer.data.reader import Rows, spread_rows
 from trainer.data.transform import OOV_ROW, RESERVED_ROWS, IdMap, write_arrow
 from trainer.errors import DataError
 from trainer.files import new_directory, write_json
-from trainer.metrics import row_losses
+from trainer.metrics import row_losses, sigmoid
 from trainer.progress import ReportProgress
 
 SHARED_BITS: Final = 8
@@ -395,6 +396,13 @@ def compress(
                 "samples": checkpoint.position.samples,
                 **({"folded": {name: transform.tables[name].embedding_dim for name in folded}} if folded else {}),
             },
-            "metrics": dict(metrics or {}),
+            "metrics": {**(metrics or {}), "score_reference": score_reference(model, dataset)},
         }
         return seal(staging, manifest)
+
+
+def score_reference(model: CompressedModel, dataset: Dataset) -> dict[str, Any]:
+    """How a model's probabilities are spread over validation rows, by task (compress/score_reference.py)."""
+    rows = spread_rows(dataset, "val", REFERENCE_ROWS)
+    logits = model.score_encoded(translate_rows(model, dataset, rows.encoded))
+    return references_of(sigmoid(logits), model.tasks)

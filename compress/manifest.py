@@ -21,6 +21,7 @@ from compress.errors import ArtifactError, PlanError
 from compress.lookup import INT32_MAX, StoredTable, Tier, pieces_of
 from compress.methods.codebook import MAX_CENTROIDS
 from compress.methods.codec import row_bytes
+from compress.score_reference import ScoreReference
 from compress.verified import open_regular, written_checksum
 from trainer.config import describe
 from trainer.data.transform import RESERVED_ROWS
@@ -172,8 +173,16 @@ class Sizes(Strict):
     artifact_bytes: Count
 
 
+class Metrics(Strict):
+    """What it scored, for people; but the server compares its scores with those of `score_reference`, by task."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
+    score_reference: dict[Name, ScoreReference] | None = None
+
+
 class Manifest(Strict):
-    """manifest.json. `plan`, `lineage` and `metrics` are for people: the loader does not act on them."""
+    """manifest.json. `plan`, `lineage` and `metrics` but for `score_reference` are for people, not for the loader."""
 
     format_version: Literal[1]
     version: str = Field(pattern=r"^[0-9a-f]{12}$")
@@ -183,7 +192,7 @@ class Manifest(Strict):
     tables: list[TableEntry] = Field(min_length=1, max_length=1 << 15)
     sizes: Sizes
     lineage: dict[str, Any]
-    metrics: dict[str, Any]
+    metrics: Metrics
     files: dict[str, StoredFile]
     encryption: Encryption | None = None
 

@@ -45,6 +45,24 @@ def new_directory(out: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def new_file(out: Path) -> Iterator[Path]:
+    """A path to write to that becomes `out`, in place of what is there, when the block ends well.
+
+    Raises: SlimrankError when `out` is a folder.
+    """
+    out = Path(out).absolute()
+    if out.is_dir():
+        raise SlimrankError(f"{out}: is a folder: give the name of a file to write")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        yield staging
+        staging.replace(out)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small text file so that a reader sees the old one or the new one, never half of it."""
     staging = path.with_name(f".{path.name}.{os.getpid()}")

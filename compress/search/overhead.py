@@ -23,17 +23,19 @@ from compress.compressor import ResolvedTable
 from compress.config import CompressionPlan
 from compress.dense import WEIGHTS, DenseRuntime
 from compress.ids import SCHEMA
+from compress.score_reference import reference_of
 from trainer.checkpoint import Checkpoint
 from trainer.data.dataset import Dataset
 from trainer.data.transform import write_arrow
 from trainer.files import write_json
 
 FILES = 8  # of an artifact that the manifest lists, each with a checksum
+REFERENCE = reference_of(np.linspace(0.123456, 0.876543, 20_000))
 CHECKSUM = {"bytes": 10**8, "sha256": "0" * 64}
 
 
 def fixed_bytes(checkpoint: Checkpoint, dataset: Dataset) -> int:
-    """Of the transform, the golden rows, the catalogue, and the manifest but for its plan, tables and metrics."""
+    """Of the transform, the golden rows, the catalogue, and the manifest but for its plan, tables and other metrics."""
     transform, items = dataset.transform, dataset.items()
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -48,6 +50,7 @@ def fixed_bytes(checkpoint: Checkpoint, dataset: Dataset) -> int:
             "run": checkpoint.run.model_dump(mode="json"),
             "sizes": dict.fromkeys(("table_bytes", "table_bytes_fp32", "artifact_bytes"), 10**8),
             "lineage": {"checkpoint": checkpoint.version, "fingerprint": checkpoint.fingerprint, "samples": 10**8},
+            "metrics": {"score_reference": dict.fromkeys((t.name for t in transform.schema.tasks), REFERENCE)},
             "files": {f"{index:016}": CHECKSUM for index in range(FILES)},
         }
         write_json(folder / "manifest.json", manifest)

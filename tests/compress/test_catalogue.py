@@ -17,7 +17,6 @@ from compress.catalogue import (
     request_transform,
     write_catalogue,
 )
-from trainer.data.encoded import Encoded
 from trainer.data.transform import hash_ids
 
 
@@ -53,7 +52,7 @@ def test_catalogue_finds_the_first_and_the_last_key(artifact: Artifact) -> None:
 
 
 def test_catalogue_without_items_knows_none() -> None:
-    empty = Catalogue(np.zeros(0, dtype=np.uint64), [], [], Encoded({}, np.zeros((0, 0), dtype=np.float32)))
+    empty = Catalogue(np.zeros(0, dtype=np.uint64), [], [], {}, [])
     found, known = empty.find(np.array([1, 2], dtype=np.uint64))
     assert found.shape == known.shape == (2,)
     assert not known.any()
@@ -66,12 +65,13 @@ def test_catalogue_rows_are_the_items_encoded(world: World, artifact: Artifact) 
     first = {i: at for at, i in enumerate(raw["item_id"].to_pylist())}
     rows = raw.take(pa.array([first[i] for i in catalogue.ids]))
     expected = item_transform(artifact.model.transform).encode(rows)
-    assert list(catalogue.encoded.sparse) == ["item_id", "genres"]
+    encoded = catalogue.take(np.arange(len(catalogue)))
+    assert list(encoded.sparse) == ["item_id", "genres"]
     for name, ragged in expected.sparse.items():
-        assert np.array_equal(catalogue.encoded.sparse[name].values, ragged.values)
-        lengths = catalogue.encoded.sparse[name].lengths
+        assert np.array_equal(encoded.sparse[name].values, ragged.values)
+        lengths = encoded.sparse[name].lengths
         assert (lengths is None and ragged.lengths is None) or np.array_equal(lengths, ragged.lengths)  # type: ignore[arg-type]
-    assert np.array_equal(catalogue.encoded.dense, expected.dense)
+    assert np.array_equal(encoded.dense, expected.dense)
 
 
 def test_catalogue_survives_writing(world: World, artifact: Artifact, tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_catalogue_survives_writing(world: World, artifact: Artifact, tmp_path: 
     titles = dict(zip(read.ids, read.titles, strict=True))
     assert titles == {"i1": None, None: "no id", "new": "New"}
     at = read.ids.index("i1")
-    bag = read.encoded.take(np.array([at])).sparse["genres"]
+    bag = read.take(np.array([at])).sparse["genres"]
     assert bag.lengths is not None
     assert bag.lengths.tolist() == [2]
 

@@ -293,7 +293,7 @@ def test_record_that_is_damaged_is_not_believed(copy: Path, hashed: list[str], c
 def test_diff_names_what_changed(artifact: Artifact, copy: Path) -> None:
     assert diff_artifacts(artifact.folder, copy)["same"]
     manifest = json.loads((copy / MANIFEST).read_text())
-    manifest["metrics"], manifest["plan"]["default"]["bits"] = {"auc": 0.5}, 16
+    manifest["metrics"]["auc"], manifest["plan"]["default"]["bits"] = 0.5, 16
     manifest["version"] = version_of(manifest)
     (copy / MANIFEST).write_text(json.dumps(manifest))
     found = diff_artifacts(artifact.folder, copy)

@@ -103,6 +103,12 @@ def file_entry(**changes: Any) -> Change:
     return lambda m: {**m, "files": {**m["files"], "tables.bin": {**m["files"]["tables.bin"], **changes}}}
 
 
+def reference(task: str = "click", **values: Any) -> Change:
+    """Another spread of a task's scores."""
+    good = {"edges": [0.5], "shares": [0.5, 0.5], "mean": 0.5, "rows": 100}
+    return lambda m: {**m, "metrics": {"score_reference": {task: good | values}}}
+
+
 def in_run(section: str, **changes: Any) -> Change:
     """A change of the run."""
     return lambda m: {**m, "run": {**m["run"], section: {**m["run"][section], **changes}}}
@@ -147,6 +153,20 @@ def in_run(section: str, **changes: Any) -> Change:
         pytest.param(lambda m: {**m, "\x1b[2J\ud800": 1}, id="an unknown key for terminals"),
         pytest.param(lambda m: {**m, "sizes": {**m["sizes"], "table_bytes": -1}}, id="a negative size"),
         pytest.param(lambda m: {**m, "metrics": []}, id="metrics of a list"),
+        pytest.param(reference(edges=[0.5, 0.5], shares=[0.2, 0.3, 0.5]), id="edges of scores that stand still"),
+        pytest.param(reference(edges=[0.6, 0.5], shares=[0.2, 0.3, 0.5]), id="edges of scores that fall"),
+        pytest.param(reference(edges=[]), id="no edge of scores"),
+        pytest.param(reference(edges=[i / 1e6 for i in range(10**5)]), id="very many edges of scores"),
+        pytest.param(reference(edges=[-1e300]), id="an edge of scores that is no probability"),
+        pytest.param(reference(edges=[True]), id="an edge of scores that is a truth"),
+        pytest.param(reference(shares=[0.5, 0.4]), id="shares of scores that are not all"),
+        pytest.param(reference(shares=[1.5, -0.5]), id="shares of scores below 0"),
+        pytest.param(reference(shares=[0.5, 0.25, 0.25]), id="shares of scores without an edge"),
+        pytest.param(reference(mean=2.0), id="a mean score past 1"),
+        pytest.param(reference(rows=0), id="scores of no rows"),
+        pytest.param(reference(more=1), id="an unknown key of scores"),
+        pytest.param(reference("buy"), id="scores of a task that is not there"),
+        pytest.param(lambda m: {**m, "metrics": {"score_reference": [1]}}, id="scores of a list"),
         pytest.param(lambda m: {**m, "run": []}, id="run of a list"),
         pytest.param(lambda m: {**m, "run": {"data": {"features": 3}}}, id="features of a number"),
         pytest.param(file_entry(bytes=2**62), id="a file past its limit"),
@@ -166,6 +186,17 @@ def in_run(section: str, **changes: Any) -> Change:
 def test_manifest_with_a_lie_is_refused(copy: Path, change: Change) -> None:
     forge(copy, change)
     refused(copy)
+
+
+@pytest.mark.parametrize("metrics", [{}, {"score_reference": None}, {"score_reference": {}}])
+def test_an_artifact_without_the_spread_of_its_scores_loads(metrics: dict[str, Any], copy: Path) -> None:
+    forge(copy, lambda m: {**m, "metrics": metrics})
+    assert load_artifact(copy).manifest["metrics"] == metrics
+
+
+def test_a_spread_of_scores_that_keeps_the_rules_loads(copy: Path) -> None:
+    forge(copy, reference())
+    assert load_artifact(copy).manifest["metrics"]["score_reference"]["click"]["mean"] == 0.5
 
 
 # -- the folder ------------------------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from trainer.data import prepare
 from trainer.data.clean import read_labels
 from trainer.data.dataset import LABELS, SPLITS
 from trainer.data.encoded import SPARSE
+from trainer.data.latest import last_seen, timestamps
 from trainer.data.log import Fragment, find_files, fragments_of
-from trainer.data.prepare import Splitter, check_splits, timestamps
+from trainer.data.prepare import Splitter, check_splits
 from trainer.data.reader import read_split
 from trainer.data.transform import OOV_ROW
 from trainer.errors import DataError
@@ -205,12 +206,12 @@ def test_items_are_kept_as_last_seen():
 def test_last_seen_of_fragments_equals_last_seen_of_the_whole():
     rng = np.random.default_rng(0)
     items = pa.table({"x": np.arange(60), "_key": rng.integers(0, 9, 60).astype(np.uint64), "_when": np.arange(60.0)})
-    parts = [prepare._last_seen(items.slice(a, 20)) for a in (40, 0, 20)]
-    expected = prepare._last_seen(items)
-    assert prepare._last_seen(pa.concat_tables(parts)).equals(expected)
+    parts = [last_seen(items.slice(a, 20)) for a in (40, 0, 20)]
+    expected = last_seen(items)
+    assert last_seen(pa.concat_tables(parts)).equals(expected)
     keys = items["_key"].to_numpy()
     assert expected["x"].to_pylist() == [int(np.flatnonzero(keys == k)[-1]) for k in np.unique(keys)]
-    assert len(prepare._last_seen(items.slice(0, 0))) == 0
+    assert len(last_seen(items.slice(0, 0))) == 0
 
 
 def test_items_without_an_item_id_are_none():

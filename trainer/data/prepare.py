@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -43,9 +42,10 @@ from trainer.data.cuts import Bracket, values_at
 from trainer.data.dataset import DENSE, FORMAT_VERSION, GROUP, LABELS, SPLITS
 from trainer.data.encoded import Encoded, to_columns
 from trainer.data.fit import FitStats, check_extends, extend_transform, fit_transform, observe, sum_counts
+from trainer.data.latest import last_seen, timestamps
 from trainer.data.log import Fragment, csv_to_parquet, find_files, fragments_of
 from trainer.data.schema import DataConfig, columns_of
-from trainer.data.transform import OOV_ROW, Transform, as_numbers, as_text, flat, hash_ids, load_transform, write_arrow
+from trainer.data.transform import OOV_ROW, Transform, as_text, flat, hash_ids, load_transform, write_arrow
 from trainer.errors import DataError, SlimrankError
 from trainer.files import new_directory, write_json
 from trainer.progress import ReportProgress
@@ -91,21 +91,6 @@ class Splitter:
             start = fragment.start if self.starts is None else self.starts[fragment.index]
             position = np.arange(start, start + len(raw), dtype=np.float64)
         return np.searchsorted(np.asarray(self.cuts), position, side="right").astype(np.int8)
-
-
-def timestamps(raw: pa.Table, data: DataConfig) -> np.ndarray:
-    """The time of each row as float64, in the column's own unit. Raises: DataError for a missing or unreadable time."""
-    name = str(data.timestamp)
-    column = flat(raw[name])
-    try:
-        times = as_numbers(column, name)
-    except DataError:
-        parsed = pd.to_datetime(pd.Series(column.to_pylist()), utc=True, format="ISO8601", errors="coerce")
-        times = np.where(parsed.isna(), np.nan, parsed.dt.as_unit("us").astype("int64").to_numpy(np.float64))
-    if np.isnan(times).any():
-        bad = column[int(np.isnan(times).argmax())].as_py()
-        raise DataError(f"column {name!r}: holds {bad!r}, which is no time: use numbers, timestamps or ISO 8601 text")
-    return times
 
 
 # -- the passes: functions of one fragment ---------------------------------------------------------------------------
@@ -209,17 +194,9 @@ def _seen_items(raw: pa.Table, data: DataConfig, fragment: Fragment) -> pa.Table
     else:
         when = np.arange(fragment.start, fragment.start + len(raw), dtype=np.float64)
     keys, missing = hash_ids(flat(raw[data.ids.item]), data.ids.item)
-    return _last_seen(
+    return last_seen(
         table.append_column("_key", pa.array(keys)).append_column("_when", pa.array(when)).filter(pa.array(~missing))
     )
-
-
-def _last_seen(items: pa.Table) -> pa.Table:
-    """The latest row of each `_key`, in key order."""
-    key, when = items["_key"].to_numpy(), items["_when"].to_numpy()
-    order = np.lexsort((when, key))
-    last = np.flatnonzero(np.append(key[order][1:] != key[order][:-1], True)) if len(order) else order
-    return items.take(pa.array(order[last]))
 
 
 # -- the shell -------------------------------------------------------------------------------------------------------
@@ -365,7 +342,7 @@ def _finish(parts: Iterable[Written], transform: Transform, data: DataConfig, fo
         if part.items is not None:
             items.append(part.items)
         if len(items) > MERGE_ITEMS:
-            items = [_last_seen(pa.concat_tables(items, promote_options="permissive"))]
+            items = [last_seen(pa.concat_tables(items, promote_options="permissive"))]
         if part.sample is not None and sum(len(s) for s in samples) < SAMPLE_ROWS:
             samples.append(part.sample)
     rows_of: dict[str, int] = {split: sum(sum(f["row_groups"]) for f in files[split]) for split in SPLITS}
@@ -375,7 +352,7 @@ def _finish(parts: Iterable[Written], transform: Transform, data: DataConfig, fo
     for name, full in counts.items():
         write_arrow(pa.table({"count": full}), folder / "counts" / f"{name}.arrow")
     if items:
-        catalogue = _last_seen(pa.concat_tables(items, promote_options="permissive"))
+        catalogue = last_seen(pa.concat_tables(items, promote_options="permissive"))
         pq.write_table(catalogue.drop_columns(["_key", "_when"]), folder / "items.parquet")
     pq.write_table(
         pa.concat_tables(samples, promote_options="permissive").slice(0, SAMPLE_ROWS), folder / "sample.parquet"

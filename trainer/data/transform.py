@@ -352,6 +352,9 @@ def hash_ids(column: pa.Array, name: str) -> tuple[np.ndarray, np.ndarray]:
 
     The hash is pandas' (SipHash of the UTF-8 text with a fixed key): the same in every process and release.
     """
+    if len(column) < 64 and pa.types.is_string(column.type):  # a request's user: Arrow's calls would be the most of it
+        words = [word or "" for word in column.to_pylist()]
+        return hash_words(words), np.array([not word for word in words], dtype=bool)
     text = as_text(column, name)
     missing = text.is_null().to_numpy(zero_copy_only=False)
     if len(text) < 64:
@@ -360,6 +363,11 @@ def hash_ids(column: pa.Array, name: str) -> tuple[np.ndarray, np.ndarray]:
     keys = _hash_text(encoded.dictionary)
     codes = encoded.indices.fill_null(0).to_numpy(zero_copy_only=False)
     return (keys[codes] if len(keys) else np.zeros(len(text), dtype=np.uint64)), missing
+
+
+def hash_words(words: Sequence[str]) -> np.ndarray:
+    """The keys (N,) uint64 that `hash_ids` gives ids that are text already, without Arrow in between."""
+    return np.asarray(pd.util.hash_array(np.array(words, dtype=object), categorize=False), dtype=np.uint64)
 
 
 def _hash_text(text: pa.Array) -> np.ndarray:
