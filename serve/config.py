@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from serve.formula import read_formula
 from trainer.data.schema import Config
 
 
@@ -39,10 +40,18 @@ class ServeConfig(Config):
     score: str | None = None
     users: Path | None = None
     reference: Path | None = None
+    page: bool = True
     keys: Path | None = None
     access_log: bool = False
     swap: SwapConfig = SwapConfig()
     ready_timeout_s: float = Field(default=120.0, gt=0)
+
+    @field_validator("score")
+    @classmethod
+    def _is_a_formula(cls, value: str | None) -> str | None:
+        if value is not None:
+            read_formula(value)
+        return value
 
     @model_validator(mode="after")
     def _replicas(self) -> ServeConfig:

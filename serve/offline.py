@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from compress.artifact import load_artifact
+from serve.arrow_body import parse_arrow
 from serve.config import ServeConfig
 from serve.errors import RequestError
 from serve.ranker import Ranker
-from serve.request import parse_request, refuse_constant
+from serve.request import parse_body
 from trainer.storage import Location
 
+ARROW = b"\xff\xff\xff\xff"  # what an Arrow stream begins with, and JSON cannot
 
-def rank_file(artifact: str | Location, request_file: Path) -> dict[str, Any]:
-    """Answer the request in a JSON file with an artifact, as `POST /v1/rank` would.
 
+def rank_file(artifact: str | Location, request_file: Path, config: ServeConfig | None = None) -> dict[str, Any]:
+    """Answer the request in a file, JSON or an Arrow stream, with an artifact, as `POST /v1/rank` would.
+
+    `config`: what the server is started with; the limits and the formula of it apply here too.
     Raises: SlimrankError when the artifact cannot be loaded or the request is refused, naming its field.
     """
+    config = config or ServeConfig()
     try:
-        body = json.loads(request_file.read_text(encoding="utf-8"), parse_constant=refuse_constant)
+        body = request_file.read_bytes()
     except FileNotFoundError:
         raise RequestError("request", f"{request_file}: no such file: give a file with the body of a request") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise RequestError("body", f"{request_file}: not a readable JSON file: {error}") from None
-    request = parse_request(body, ServeConfig().max_candidates)
-    return Ranker(load_artifact(artifact)).rank(request).model_dump(exclude_none=True)
+    except OSError as error:
+        raise RequestError("request", f"{request_file}: not a readable file: {error}") from None
+    try:
+        parse = parse_arrow if body.startswith(ARROW) else parse_body
+        request = parse(body, config.max_candidates)
+    except RequestError as error:
+        raise RequestError(error.field, f"{request_file}: {error.message}", error.status) from None
+    return Ranker(load_artifact(artifact), config.score).rank(request).model_dump(exclude_none=True)
