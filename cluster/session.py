@@ -6,17 +6,18 @@ Only a Ray that this process started is stopped again.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serve.fast_path import environment
+from serve.fast_path import applied
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,9 +52,6 @@ def ray_session(address: str | None = None, *, debug: bool = False) -> Iterator[
         os.environ.setdefault(key, value)
     if not debug:
         quiet()
-    fast = environment()  # of Ray Serve; a local Ray inherits it, on a cluster it goes with the driver
-    for key, value in fast.items():
-        os.environ.setdefault(key, value)
     import ray
 
     if ray.is_initialized():
@@ -61,22 +59,31 @@ def ray_session(address: str | None = None, *, debug: bool = False) -> Iterator[
         return
     where = address or os.environ.get("RAY_ADDRESS") or "local"
     level = logging.INFO if debug else logging.ERROR
-    try:
-        ray.init(
-            address=where,
-            logging_level=level,
-            log_to_driver=debug,
-            **({"include_dashboard": False} if where == "local" else {"runtime_env": {"env_vars": fast}}),
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"no Ray cluster at {where}: {str(error).splitlines()[0]}: check --address") from None
-    # a request to terminate unwinds like Ctrl-C, so that what was started is stopped (Ray's own handler aborts)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    own = where == "local"
+    with applied(own_ray=own) as fast:  # a Ray of our own inherits it, on a cluster it goes with the driver
+        try:
+            ray.init(
+                address=where,
+                logging_level=level,
+                log_to_driver=debug,
+                **({"include_dashboard": False} if own else {"runtime_env": {"env_vars": beyond_the_job(fast)}}),
+            )
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"no Ray cluster at {where}: {str(error).splitlines()[0]}: check --address") from None
+        # a request to terminate unwinds like Ctrl-C, so that what was started is stopped (Ray's own handler aborts)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def beyond_the_job(variables: Mapping[str, str]) -> dict[str, str]:
+    """Those that the job we run in does not set for all its processes: Ray refuses a variable that both name."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    set_already = job.get("runtime_env", {}).get("env_vars", {})
+    return {key: value for key, value in variables.items() if key not in set_already}
 
 
 def check_scratch(out: Location) -> None:
