@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import time
@@ -16,9 +15,12 @@ import click
 
 from cluster.artifact_commands import artifact
 from cluster.compress_commands import compress, methods, tune
+from cluster.feature_commands import catalogue, users
+from cluster.key_commands import key
 from cluster.options import FILE, FOLDER, PLACE, Group, common
 from cluster.output import Progress, duration, emit
 from cluster.report_command import report
+from cluster.serve_commands import deploy, rank, rollback, serve, versions, wait_for_signal
 from cluster.submit import submit
 
 if TYPE_CHECKING:  # pyarrow is a third of a second that --help has not
@@ -37,13 +39,30 @@ def main() -> None:
     """
 
 
-for command in (compress, methods, tune, artifact, report, submit):
+for command in (
+    compress,
+    methods,
+    tune,
+    artifact,
+    catalogue,
+    report,
+    serve,
+    rank,
+    deploy,
+    versions,
+    rollback,
+    key,
+    submit,
+):
     main.add_command(command)
 
 
 @main.group(cls=Group)
 def data() -> None:
     """Get a raw log, and prepare it for training."""
+
+
+data.add_command(users)
 
 
 @data.command("fetch")
@@ -245,53 +264,6 @@ def evaluate(model: Location, data_dir: Location, split: Any, as_json: bool, add
 
 
 @main.command()
-@click.option("--artifact", type=PLACE, required=True, help="What 'compress' or 'tune' wrote.")
-@click.option("--config", type=FILE, help="YAML with serving options (a run's serve section, or these alone).")
-@click.option("--host", help="Address to listen on; loopback by default.")
-@click.option("--port", type=click.IntRange(1, 65535), help="Port to listen on; 8000 by default.")
-@common
-def serve(
-    artifact: Location,
-    config: Path | None,
-    host: str | None,
-    port: int | None,
-    as_json: bool,
-    address: str | None,
-    debug: bool,
-) -> None:
-    """Serve an artifact over HTTP with Ray Serve until Ctrl-C."""
-    from cluster.runs import serve_config
-    from cluster.session import ray_session
-    from compress.artifact import load_artifact
-
-    options = serve_config(artifact, config, host, port)
-    opened = load_artifact(artifact)
-    version = opened.version
-    with ray_session(address, debug=debug):
-        from serve.app import start, stop
-
-        url = start(opened.folder, options)  # of a storage: the copy here
-        emit({"url": url, "version": version}, as_json, [f"serving {version} at {url}", f"try it: {url}/docs"])
-        try:
-            wait_for_signal()
-        finally:
-            stop()
-
-
-@main.command()
-@click.option("--artifact", type=PLACE, required=True, help="What 'compress' or 'tune' wrote.")
-@click.option("--request", "request_file", type=FILE, required=True, help="The body of POST /v1/rank, as a file.")
-@common
-def rank(artifact: Location, request_file: Path, as_json: bool, address: str | None, debug: bool) -> None:  # noqa: ARG001
-    """Rank offline: the answer the server would give."""
-    from cluster.tables import ranked_table
-    from serve.offline import rank_file
-
-    result = rank_file(artifact, request_file)
-    emit(result, as_json, ranked_table(result))
-
-
-@main.command()
 @click.option("--config", type=FILE, help="A run's YAML: checks its workers, optimizer, sharding and table sizes.")
 @click.option("--data", "data_dir", type=PLACE, help="What 'data prepare' wrote: checks memory, disk and reading.")
 @common
@@ -329,13 +301,6 @@ def demo(
         folder, port, wait_for_signal if keep else None, lambda text: click.echo(text, err=as_json), debug
     )
     emit(result, as_json, [])
-
-
-def wait_for_signal() -> None:
-    """Block until Ctrl-C, which is how a server is meant to end."""
-    with contextlib.suppress(KeyboardInterrupt):
-        while True:
-            time.sleep(3600)
 
 
 def metric_lines(metrics: dict[str, Any], label: str, width: int = 80) -> list[str]:
