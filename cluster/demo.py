@@ -70,6 +70,7 @@ def run_demo(
         from trainer.checkpoint import open_checkpoint
         from trainer.data.dataset import open_dataset
         from trainer.data.prepare import prepare
+        from trainer.data.users import write_users
         from trainer.ray_train import train
 
         run = with_workers(run, min(run.train.max_workers, int(ray.cluster_resources()["CPU"])))
@@ -108,11 +109,14 @@ def run_demo(
         for line in comparison(fp32, small):
             say(f"  {line}")
 
-        step(6, "serve: POST /v1/rank on the compressed artifact (Ray Serve)")
+        step(6, "serve: POST /v1/rank on the compressed artifact (Ray Serve), with what the log says of its users")
+        known = write_users(run.data, folder / "users.arrow", progress.step)
         options = serve_config(Path(tuned["artifact"]), None, None, port)
+        options = options.model_copy(update={"users": folder / "users.arrow", "reference": folder / "fp32"})
         url = start(Path(tuned["artifact"]), options)
         try:
             served = ask(url, request, Path(tuned["artifact"]))
+            say(f"  {known['known']:,} users; the page: {url}/ ranks for each, fp32 beside compressed")
             say(f"  curl -s {url}/v1/rank -H 'content-type: application/json' -d @{folder / 'request.json'}")
             for line in ranked_table(served):
                 say(f"  {line}")
@@ -126,7 +130,7 @@ def run_demo(
             write_json(folder / "demo.json", result)
             say(f"\ndone in {duration(result['seconds'])}; everything written is under {folder}")
             if keep is not None:
-                say(f"the server stays up at {url} (try {url}/docs) until Ctrl-C")
+                say(f"the server stays up until Ctrl-C: the page is {url}/, the API {url}/docs")
                 keep()
         finally:
             stop()
@@ -158,6 +162,7 @@ def measure(path: Path, dataset: Any, request: dict[str, Any]) -> Measured:
     """Size, quality on the test split, and the median milliseconds to rank 500 candidates in process."""
     from compress.artifact import load_artifact
     from compress.evaluate import evaluate
+    from serve.compare import table_bytes
     from serve.ranker import Ranker
     from serve.request import RankRequest
 
@@ -166,12 +171,8 @@ def measure(path: Path, dataset: Any, request: dict[str, Any]) -> Measured:
     ranker = Ranker(artifact)
     asked = RankRequest.model_validate({**request, "candidates": request["candidates"][:CANDIDATES]})
     times = [ranker.rank(asked).ms for _ in range(TIMED_RUNS)]
-    sizes = artifact.sizes
-    unpacked = all(
-        tier.bits == 32 for t in artifact.model.lookup.tables for tier in t.tiers
-    )  # fp32: rows alone, no id map counted
-    rows = sizes["table_bytes_fp32" if unpacked else "table_bytes"]
-    return Measured(rows, sizes["artifact_bytes"], metrics["auc"], metrics["ne"], round(statistics.median(times), 3))
+    rows, whole = table_bytes(artifact), artifact.sizes["artifact_bytes"]
+    return Measured(rows, whole, metrics["auc"], metrics["ne"], round(statistics.median(times), 3))
 
 
 def comparison(fp32: Measured, small: Measured) -> list[str]:

@@ -14,6 +14,7 @@ from trainer.config import RunConfig, TrainConfig, describe, load_run, load_yaml
 from trainer.errors import ConfigError
 from trainer.storage import Location
 
+SERVE_PATHS = ("users", "reference", "keys")
 Section = TypeVar("Section", bound=BaseModel)
 
 
@@ -63,5 +64,7 @@ def serve_config(artifact: str | Location, config: Path | None, host: str | None
     else:
         content = load_yaml(config)
         asked, where = dict(content.get("serve", {}) if "data" in content else content), str(config)
+    if config is not None:  # paths in a YAML are relative to its own folder
+        asked |= {k: str(config.parent / asked[k]) for k in SERVE_PATHS if isinstance(asked.get(k), str)}
     asked |= {k: v for k, v in (("host", host), ("port", port)) if v is not None}
     return section(ServeConfig, asked, where)
