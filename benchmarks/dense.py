@@ -106,12 +106,16 @@ class Log:
         size = self.weights_FND.shape[1]
         u = torch.rand((rows, len(FEATURES)), generator=generator)
         ids_BF = (torch.exp(u * math.log(size)) - 1).long().clamp_(max=size - 1)  # about Zipf's law
+        return dense_BI, ids_BF, self.clicks(dense_BI, ids_BF, generator)
+
+    def clicks(self, dense_BI: Tensor, ids_BF: Tensor, generator: torch.Generator) -> Tensor:
+        """Labels (B, 1), drawn from what is true of these numbers and ids."""
         f = torch.arange(len(FEATURES))
         latents_BFR = self.latents_FNR[f, ids_BF]
         pairs = torch.einsum("bfr,fg,bgr->b", latents_BFR, self.strengths_FF, latents_BFR)
         with torch.no_grad():
             logit_B = self.effects_FN[f, ids_BF].sum(1) + pairs + self.numbers(dense_BI).squeeze(1) - 1.2
-        return dense_BI, ids_BF, torch.bernoulli(torch.sigmoid(logit_B), generator=generator).unsqueeze(1)
+        return torch.bernoulli(torch.sigmoid(logit_B), generator=generator).unsqueeze(1)
 
     def looked_up(self, ids_BF: Tensor) -> Tensor:
         """Embeddings (B, F * D) of one id a feature."""

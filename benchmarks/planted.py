@@ -84,13 +84,26 @@ def planted_checkpoint(
     tables = {n: torch.from_numpy(w) for n, w in planted_rows(dataset, raw, seed, into).items()}
     if dense is not None:
         return _write(run, dataset, tables, dense, folder)
+    return train_head_above(run, dataset, tables, folder, seed, lessons)
+
+
+def train_head_above(
+    run: RunConfig,
+    dataset: Dataset,
+    tables: dict[str, torch.Tensor],
+    folder: Path,
+    seed: int = 0,
+    lessons: CalibrationPlan = HEAD,
+    train_rows: int = TRAIN_ROWS,
+) -> Checkpoint:
+    """A checkpoint of these tables (N, D) with a head trained above them on `train_rows` rows of the log; opened."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = build_head(run.model, dataset.transform).state_dict()
     first = _write(run, dataset, tables, head, folder.with_name(folder.name + "-untrained"))
     train, held = (
         extract(first, dataset.transform, None, spread_rows(dataset, split, limit))
-        for split, limit in (("train", TRAIN_ROWS), ("val", EVAL_ROWS))
+        for split, limit in (("train", train_rows), ("val", EVAL_ROWS))
     )
     plan = lessons.model_copy(update={"seed": seed})
     tuned = tune_head(

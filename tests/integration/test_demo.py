@@ -71,6 +71,10 @@ def demo(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Demo:
         asked["health"] = httpx.get(f"{URL}/healthz")
         asked["openapi"] = httpx.get(f"{URL}/openapi.json")
         asked["docs"] = httpx.get(f"{URL}/docs")
+        asked["page"] = httpx.get(f"{URL}/")
+        asked["users"] = httpx.get(f"{URL}/v1/users", params={"limit": 3})
+        someone = {"user": {"user_id": request["user"]["user_id"]}, "k": 10}
+        asked["compare"] = httpx.post(f"{URL}/v1/compare", json=someone, timeout=30)
         asked["full"] = httpx.post(f"{URL}/v1/rank", json=few)
         asked["strangers"] = httpx.post(
             f"{URL}/v1/rank", json={"user": {"user_id": "no one"}, "candidates": ["-7", "50"]}
@@ -150,6 +154,20 @@ def test_server_stays_healthy_and_describes_itself(demo: Demo) -> None:
     assert demo.asked["full"].json()["version"] == version
     assert "/v1/rank" in demo.asked["openapi"].json()["paths"]
     assert "slimrank" in demo.asked["docs"].text
+
+
+def test_server_has_a_page_and_what_it_asks(demo: Demo) -> None:
+    assert "page.js" in demo.asked["page"].text
+    assert any(f"{URL}/ " in line for line in demo.said)
+    assert demo.asked["users"].json()["total"] == 943
+    told = demo.asked["compare"].json()
+    assert told["live"]["version"] == load_artifact(demo.folder / "tune" / "artifact").version
+    assert told["reference"]["version"] == load_artifact(demo.folder / "fp32").version
+    assert told["live"]["table_bytes"] == demo.result["compressed"]["table_bytes"]
+    assert told["reference"]["table_bytes"] == demo.result["fp32"]["table_bytes"]
+    request = json.loads((demo.folder / "request.json").read_text())
+    assert told["user"] == {k: v if k == "user_id" else str(v) for k, v in request["user"].items()}
+    assert told["overlap"] > 0
 
 
 def test_raw_rows_score_as_prepared_rows_do(demo: Demo) -> None:
