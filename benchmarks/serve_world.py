@@ -56,7 +56,7 @@ class Size:
     keep: tuple[float, ...]
 
 
-FULL = Size(50_000, 1_500_000, 3000, 1500, (0.25, 0.5, 1.0))  # a step of distillation is of 4,096 rows
+FULL = Size(50_000, 1_500_000, 3000, 3000, (0.25, 0.5, 1.0))  # a step of distillation is of 4,096 rows
 QUICK = Size(2_000, 20_000, 20, 5, (0.25,))
 
 
