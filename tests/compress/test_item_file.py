@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,9 +64,10 @@ def test_new_items_are_found_and_old_ones_are_not(world: World, artifact: Artifa
 
 
 def test_nothing_of_a_catalogue_is_copied_out_of_its_file(artifact: Artifact) -> None:
+    gc.collect()
     before = pa.total_allocated_bytes()
     again = read_catalogue(artifact.folder / "items.arrow", artifact.model.transform)
-    assert pa.total_allocated_bytes() == before
+    assert pa.total_allocated_bytes() <= before
     arrays = [again.keys, *again.dense]
     for ids in again.sparse.values():
         arrays += [a for a in (ids.values, ids.offsets, ids.weights) if a is not None]

@@ -109,7 +109,7 @@ def test_catalogue_holds_weights(rich: World) -> None:
     """Item-side bags in the catalogue are the log's own, weights included."""
     artifact = rich.artifact(CompressionPlan(default=TablePlan(bits=8)))
     assert artifact.catalogue is not None
-    stored = artifact.catalogue.encoded.sparse["words"]
+    stored = artifact.catalogue.sparse["words"]
     assert stored.weights is not None
     row = {i: artifact.catalogue.ids.index(i) for i in ("i3", "i9", "i0")}
     assert stored.take(np.array([row["i3"]])).weights.tolist() == [21 % 9 / 4, 24 % 9 / 4, 27 % 9 / 4]  # type: ignore[union-attr]
