@@ -16,7 +16,7 @@ os.environ["SLIMRANK_CACHE"] = tempfile.mkdtemp(prefix="slimrank-cache-")  # rec
 from cluster.session import ALWAYS, QUIET, quiet
 
 # minutes each: begun first, the longest of all before the others, so that two processes end together
-LONG = ("test_recipes.py", "test_demo.py", "test_tune.py", "test_faults.py", "test_criteo.py", "test_submit.py")
+LONG = ("test_recipes", "test_demo", "test_tune", "test_faults", "test_serve_versions", "test_criteo", "test_serve_load")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "integration" in item.path.parts:
             item.add_marker(pytest.mark.integration)
     place = {name: at for at, name in enumerate(LONG)}
-    items.sort(key=lambda item: ("integration" in item.path.parts, place.get(item.path.name, len(LONG))))
+    items.sort(key=lambda item: ("integration" in item.path.parts, place.get(item.path.stem, len(LONG))))
 
 
 @pytest.fixture(scope="session")
