@@ -60,13 +60,22 @@ def serve(
 @click.command()
 @click.option("--artifact", type=PLACE, required=True, help="What 'compress' or 'tune' wrote.")
 @click.option("--request", "request_file", type=FILE, required=True, help="The body of POST /v1/rank, as a file.")
+@click.option("--config", type=FILE, help="As for 'serve': its formula, users and limits apply.")
 @common
-def rank(artifact: Location, request_file: Path, as_json: bool, address: str | None, debug: bool) -> None:  # noqa: ARG001
+def rank(
+    artifact: Location,
+    request_file: Path,
+    config: Path | None,
+    as_json: bool,
+    address: str | None,  # noqa: ARG001
+    debug: bool,  # noqa: ARG001
+) -> None:
     """Rank offline: the answer the server would give."""
+    from cluster.runs import serve_config
     from cluster.tables import ranked_table
     from serve.offline import rank_file
 
-    result = rank_file(artifact, request_file)
+    result = rank_file(artifact, request_file, serve_config(artifact, config, None, None))
     emit(result, as_json, ranked_table(result))
 
 

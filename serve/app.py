@@ -39,6 +39,7 @@ APP_NAME = "slimrank"
 UNBOUNDED = 1_000_000  # requests at a replica: its own queue decides what is refused
 ORDER_S = 20.0  # how long a replica that starts waits for the fleet, which may be starting too
 STATUS_S = 1.0  # how often a start that takes long is asked whether it has failed
+LOOPBACK = ("127.0.0.1", "localhost", "::1")  # reaches replicas of its own node alone
 QUIET = {"log_level": "WARNING", "enable_access_log": False, "encoding": "JSON"}
 
 
@@ -172,7 +173,11 @@ def start(artifact: Path, config: ServeConfig, version: str | None = None) -> st
     config = config.model_copy(update={"keys": checked(config.keys)})
     if logging.getLogger().level >= logging.ERROR:  # Serve sets its logger's level itself, to tell of every step
         logging.getLogger("ray.serve").addFilter(is_error)
-    serve.start(http_options={"host": config.host, "port": config.port}, logging_config={"log_level": "WARNING"})
+    serve.start(
+        proxy_location="HeadOnly" if config.host in LOOPBACK else "EveryNode",
+        http_options={"host": config.host, "port": config.port},
+        logging_config={"log_level": "WARNING"},
+    )
     args = AppArgs(artifact=str(Path(artifact).absolute()), config=config, run=uuid.uuid4().hex, version=version)
     # whether requests are answered is seen below: Serve itself waits for more, and looks once in a while
     serve.run_many([RunTarget(application(args), name=APP_NAME)], wait_for_applications_running=False)

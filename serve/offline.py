@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from compress.artifact import load_artifact
 from serve.arrow_body import parse_arrow
 from serve.config import ServeConfig
 from serve.errors import RequestError
-from serve.ranker import Ranker
 from serve.request import parse_body
+from serve.shelf import load
 from trainer.storage import Location
 
 ARROW = b"\xff\xff\xff\xff"  # what an Arrow stream begins with, and JSON cannot
@@ -19,7 +18,7 @@ ARROW = b"\xff\xff\xff\xff"  # what an Arrow stream begins with, and JSON cannot
 def rank_file(artifact: str | Location, request_file: Path, config: ServeConfig | None = None) -> dict[str, Any]:
     """Answer the request in a file, JSON or an Arrow stream, with an artifact, as `POST /v1/rank` would.
 
-    `config`: what the server is started with; the limits and the formula of it apply here too.
+    `config`: what the server is started with; its limits, formula and users apply here too.
     Raises: SlimrankError when the artifact cannot be loaded or the request is refused, naming its field.
     """
     config = config or ServeConfig()
@@ -34,4 +33,4 @@ def rank_file(artifact: str | Location, request_file: Path, config: ServeConfig 
         request = parse(body, config.max_candidates)
     except RequestError as error:
         raise RequestError(error.field, f"{request_file}: {error.message}", error.status) from None
-    return Ranker(load_artifact(artifact), config.score).rank(request).model_dump(exclude_none=True)
+    return load(str(artifact), config.score, config.users).ranker.rank(request).model_dump(exclude_none=True)

@@ -16,7 +16,15 @@ os.environ["SLIMRANK_CACHE"] = tempfile.mkdtemp(prefix="slimrank-cache-")  # rec
 from cluster.session import ALWAYS, QUIET, quiet
 
 # minutes each: begun first, the longest of all before the others, so that two processes end together
-LONG = ("test_recipes", "test_demo", "test_tune", "test_faults", "test_serve_versions", "test_criteo", "test_serve_load")
+LONG = (
+    "test_recipes",
+    "test_demo",
+    "test_tune",
+    "test_faults",
+    "test_serve_versions",
+    "test_criteo",
+    "test_serve_load",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,6 +8,7 @@ import pty
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -208,6 +210,42 @@ def test_ctrl_c_stops_the_job_where_the_user_says_so(raylets: Raylets, small: Wo
     assert result["interrupted"]  # as by Ctrl-C, not killed
     assert 1 <= result["trials"] == len(trials_of(small.folder / "stopped")) < 200
     assert (small.folder / "stopped" / "artifact" / "manifest.json").exists()
+
+
+@pytest.mark.drill
+def test_submitted_server_answers_until_its_job_is_stopped(raylets: Raylets, small: World) -> None:
+    artifact = os.path.relpath(small.artifact(small.uniform(8)).folder, small.folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["serve", "--artifact", artifact, "--port", port]
+    process = start(raylets, small.folder, "--address", raylets.url, "--", *words)
+    deadline = time.monotonic() + PATIENCE_S
+    while not answers(port):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the server does not answer"
+        time.sleep(0.5)
+    asked = httpx.post(f"http://127.0.0.1:{port}/v1/rank", json={"user": {}, "candidates": ["i1", "i2"]}, timeout=30)
+    assert asked.status_code == 200, asked.text
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 130
+    told = err.splitlines()[-1]
+    stop = told.split("stop it with ")[1].split()
+    command = [str(Path(sys.executable).with_name(stop[0])), *stop[1:]]
+    subprocess.run(command, env=raylets.environment, check=True, capture_output=True, timeout=PATIENCE_S)
+    deadline = time.monotonic() + PATIENCE_S
+    while answers(port):
+        assert time.monotonic() < deadline, "the server outlives its job"
+        time.sleep(0.5)
+
+
+def answers(port: int) -> bool:
+    """Whether a server is ready there."""
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 @pytest.mark.drill
