@@ -20,8 +20,8 @@ from serve.compare import COMPARE_SCHEMA, CompareResponse, compared, parse_compa
 from serve.config import ServeConfig
 from serve.engine import Engine, Limits
 from serve.openapi import refusals
-from serve.ranker import ALONE, Ranker
-from serve.request import RankRequest, RankResponse
+from serve.ranker import ALONE, Answer, Ranker
+from serve.request import RankResponse, ScoreRequest
 from serve.service import Service
 from serve.shelf import Served, load
 from serve.users import open_users
@@ -49,9 +49,9 @@ def add_pages(api: FastAPI, service: Service) -> None:
         return
     reference = load_reference(service)
     limits = Limits(service.config.max_wait_ms / 1000, service.config.batch_candidates)
-    engine: Engine[RankRequest, RankResponse] | None = None
+    engine: Engine[ScoreRequest, Answer] | None = None
     if reference is not None:
-        engine = Engine(reference.ranker.rank_many, lambda request: len(request.candidates), ALONE, limits)
+        engine = Engine(reference.ranker.answer_many, lambda request: request.count, ALONE, limits)
     turns = itertools.count()
     _add_files(api)
     _add_lists(api, service)
@@ -75,7 +75,9 @@ def add_pages(api: FastAPI, service: Service) -> None:
         if engine is not None and not first:
             other = await engine.ask(every)
         live = service.shelf.loaded.get(answer.version, service.shelf.live).ranker.artifact
-        beside = None if reference is None or other is None else (reference.ranker.artifact, other)
+        beside = None
+        if reference is not None and isinstance(other, RankResponse):
+            beside = reference.ranker.artifact, other
         user = asked.user if reader.users is None else {**asked.user, **reader.users.fill(asked.user)}
         result = compared(asked.k, user, (live, answer), beside)
         return Response(result.model_dump_json(exclude_none=True), media_type="application/json")

@@ -51,25 +51,23 @@ class Ranker:
 
     def rank(self, request: RankRequest) -> RankResponse:
         """Answer one request. Raises: RequestError naming a field that cannot be read."""
-        answer = self.rank_many([request])[0]
-        if isinstance(answer, RequestError):
-            raise answer
-        return answer
-
-    def rank_many(self, requests: Sequence[RankRequest]) -> list[RankResponse | RequestError]:
-        """Answer several requests with one pass through the model; one that cannot be read does not harm the others."""
-        return self.answer_many(requests)  # type: ignore[return-value]
+        return self._one(request)  # type: ignore[return-value]
 
     def score(self, request: ScoreRequest) -> ScoreResponse:
         """Score all candidates of one request. Raises: RequestError naming a field that cannot be read."""
+        return self._one(request)  # type: ignore[return-value]
+
+    def _one(self, request: ScoreRequest) -> Answer:
         answer = self.answer_many([request])[0]
         if isinstance(answer, RequestError):
             raise answer
-        assert isinstance(answer, ScoreResponse)
         return answer
 
     def answer_many(self, requests: Sequence[ScoreRequest]) -> list[Answer | RequestError]:
-        """As `rank_many`, of requests of both kinds: a RankRequest gets its top k, a ScoreRequest all scores."""
+        """Answer several requests with one pass through the model; one that cannot be read does not harm the others.
+
+        A RankRequest gets its top k, another ScoreRequest all scores.
+        """
         started = time.perf_counter()
         read: list[tuple[Sides, list[str]] | RequestError] = []
         for request in requests:

@@ -170,7 +170,7 @@ def some_requests() -> list[RankRequest]:
 
 def test_requests_together_score_as_alone(ranker: Ranker) -> None:
     requests = some_requests()
-    for request, together in zip(requests, ranker.rank_many(requests), strict=True):
+    for request, together in zip(requests, ranker.answer_many(requests), strict=True):
         alone = ranker.rank(request)
         assert isinstance(together, RankResponse)
         assert [(i.id, i.title) for i in together.items] == [(i.id, i.title) for i in alone.items]
@@ -181,30 +181,30 @@ def test_requests_together_score_as_alone(ranker: Ranker) -> None:
 def test_a_bad_request_does_not_harm_the_others(ranker: Ranker, at: int) -> None:
     requests = some_requests()
     requests.insert(at, RankRequest(user={"age": "old"}, candidates=["i1"]))
-    answers = ranker.rank_many(requests)
+    answers = ranker.answer_many(requests)
     bad = answers.pop(at)
     assert isinstance(bad, RequestError)
     assert bad.field == "user.age"
-    for found, expected in zip(answers, ranker.rank_many(some_requests()), strict=True):
+    for found, expected in zip(answers, ranker.answer_many(some_requests()), strict=True):
         assert scores_of(found) == pytest.approx(scores_of(expected), abs=1e-6)
 
 
 def test_text_that_is_no_unicode_does_not_harm_the_others(ranker: Ranker) -> None:
     bad = json.loads('{"user": {"user_id": "\\ud800"}, "candidates": ["i1"]}')
-    answers = ranker.rank_many([*some_requests(), RankRequest(**bad)])
+    answers = ranker.answer_many([*some_requests(), RankRequest(**bad)])
     assert isinstance(answers[-1], RequestError)
     assert all(isinstance(a, RankResponse) for a in answers[:-1])
 
 
 def test_bad_requests_alone_are_answered(ranker: Ranker) -> None:
     bad = RankRequest(user={"age": "old"}, candidates=["i1"])
-    assert [type(a) for a in ranker.rank_many([bad, bad])] == [RequestError, RequestError]
+    assert [type(a) for a in ranker.answer_many([bad, bad])] == [RequestError, RequestError]
     with pytest.raises(RequestError, match="user.age"):
         ranker.rank(bad)
 
 
 def test_no_requests_get_no_answers(ranker: Ranker) -> None:
-    assert ranker.rank_many([]) == []
+    assert ranker.answer_many([]) == []
 
 
 def test_concatenated_requests_lie_one_after_another(ranker: Ranker) -> None:

@@ -127,7 +127,7 @@ def test_ranker_scores_requests_as_the_model_scores_the_log(world: World, artifa
         RankRequest(user=part_of(row, USER), candidates=[row["item_id"] if at % 2 else part_of(row, ITEM)], k=1)
         for at, row in enumerate(raw.to_pylist())
     ]
-    for answer, want in zip(Ranker(artifact).rank_many(requests), expected, strict=True):
+    for answer, want in zip(Ranker(artifact).answer_many(requests), expected, strict=True):
         assert isinstance(answer, RankResponse)
         assert answer.items[0].score == pytest.approx(want, abs=1e-5)
         assert answer.ignored is None
