@@ -27,6 +27,7 @@ COMMON = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # HAProxy drops a leaving replica within .1 s or so
 }
 HAPROXY = {
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",  # it starts within seconds, on a busy machine within ten
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # a line of log a request for Ray's own metrics; ours come from replicas

@@ -131,13 +131,20 @@ class Recorder(ray.tune.Callback):
     origin: Callable[[Params], str]
     began: float
     numbers: int = 0
+    dropped: int = 0
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:  # noqa: ARG002
         """Append the trial's result."""
         self._write(trial.config, trial.last_result)
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:  # noqa: ARG002
-        """A trial whose process was lost too often, or that met a defect."""
+        """A trial whose process was lost too often, or that met a defect.
+
+        One that was lost less often Tune has dropped: its reused process died before it had begun. It is made again.
+        """
+        if trial.run_metadata.num_failures <= RETRIES:
+            self.dropped += 1
+            return
         said = str(trial.get_error() or "its process was lost").strip().splitlines()
         self._write(trial.config, {"error": said[-1], "seconds": 0.0})
 
@@ -226,6 +233,8 @@ def run_trials(
         finally:
             if recorder.numbers < search.trials:  # Ctrl-C, or the minutes are over
                 progress("trials", recorder.numbers, recorder.numbers)
+    if recorder.dropped and search.minutes is None:
+        return run_trials(shared, search, limits, out, first, progress)
     return read_trials(path), False
 
 

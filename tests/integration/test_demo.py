@@ -68,7 +68,7 @@ def demo(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Demo:
     def while_up() -> None:
         request = json.loads((folder / "request.json").read_text())
         few = {**request, "candidates": request["candidates"][:500], "k": 500}
-        asked["health"] = httpx.get(f"{URL}/healthz")
+        asked["health"] = httpx.get(f"{URL}/readyz")
         asked["openapi"] = httpx.get(f"{URL}/openapi.json")
         asked["docs"] = httpx.get(f"{URL}/docs")
         asked["page"] = httpx.get(f"{URL}/")
@@ -84,7 +84,7 @@ def demo(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Demo:
             refused[name] = httpx.post(f"{URL}/v1/rank", json=body)
         refused["not json"] = httpx.post(f"{URL}/v1/rank", content=b"{")
         refused["five megabytes"] = httpx.post(f"{URL}/v1/rank", content=b'{"user": "' + b"x" * 5_000_000 + b'"}')
-        asked["after"] = httpx.get(f"{URL}/healthz")
+        asked["after"] = httpx.get(f"{URL}/readyz")
 
     result = run_demo(folder, PORT, while_up, said.append, False)
     return Demo(result, folder, said, asked, refused)
@@ -150,7 +150,7 @@ def test_server_refuses_bad_request_naming_the_field(demo: Demo, name: str) -> N
 
 def test_server_stays_healthy_and_describes_itself(demo: Demo) -> None:
     version = load_artifact(demo.folder / "tune" / "artifact").version
-    assert demo.asked["health"].json() == demo.asked["after"].json() == {"status": "ok", "version": version}
+    assert demo.asked["health"].json() == demo.asked["after"].json() == {"status": "ready", "version": version}
     assert demo.asked["full"].json()["version"] == version
     assert "/v1/rank" in demo.asked["openapi"].json()["paths"]
     assert "slimrank" in demo.asked["docs"].text
