@@ -42,7 +42,7 @@ def swap(setting: Setting) -> Iterator[Result]:
             said = _deploy(server, str(setting.world.following.absolute()))
             ended = time.monotonic()
             answers = running.result()
-        live = httpx.get(f"{server.url}/healthz", timeout=10, trust_env=False).json()["version"]
+        live = httpx.get(f"{server.url}/readyz", timeout=10, trust_env=False).json()["version"]
     if said is not None:
         yield result("swap under load", None, f"skipped: {said}")
         return
