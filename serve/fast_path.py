@@ -13,6 +13,7 @@ import os
 import platform
 import secrets
 import shutil
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -98,7 +99,17 @@ def applied(*, own_ray: bool) -> Iterator[dict[str, str]]:
         for key in added:
             os.environ.pop(key, None)
         if folder is not None:
+            end_haproxy(folder)
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def end_haproxy(folder: Path) -> None:
+    """End the HAProxy that was started with a file of `folder`: it outlives a Ray that ends before it is stopped."""
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it ended meanwhile, or is another user's
+            words = entry.read_bytes().split(b"\0")
+            if any(word.startswith(f"{folder}/".encode()) for word in words):
+                os.kill(int(entry.parent.name), signal.SIGTERM)
 
 
 def free_ports(count: int) -> list[int]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,3 +61,16 @@ def test_without_haproxy_says_so_and_asks_for_none(monkeypatch: pytest.MonkeyPat
     assert "RAY_SERVE_ENABLE_HA_PROXY" not in environment()
     with applied(own_ray=True) as variables:
         assert FOLDER not in variables
+
+
+def test_haproxy_that_outlives_its_ray_is_ended_with_the_session() -> None:
+    wait = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with applied(own_ray=True) as variables:
+        ours = subprocess.Popen([*wait, f"{variables[FOLDER]}/haproxy.cfg"])
+        other = subprocess.Popen(wait)
+    try:
+        assert ours.wait(timeout=30) == -signal.SIGTERM
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
