@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 
 from serve.config import ServeConfig
 from serve.errors import RequestError
+from serve.headers import request_id
 from serve.key_ring import Grant, KeyRing, sent_key
 from serve.logs import log_problem, log_request
 from serve.meter import CLIENT_LEFT, Meter
@@ -23,8 +24,6 @@ OPEN = frozenset(
     {"/", "/page.css", "/page.js", "/docs", "/openapi.json", "/healthz", "/readyz"}
 )  # answer without a key
 COUNTED = "/v1/"
-ID_HEADER, ID_LENGTH = b"x-request-id", 128
-ID_KEY = "slimrank.request_id"  # of the ASGI scope, where the API names requests itself
 
 
 class Served(Protocol):
@@ -60,7 +59,6 @@ class Access:
         async def sent(message: Any) -> None:
             if message["type"] == "http.response.start":
                 trace.answered, trace.status = time.monotonic(), message["status"]
-                trace.request_id = trace.request_id or header(message.get("headers", ()), ID_HEADER)
             await send(message)
 
         failure: BaseException | None = None
@@ -103,8 +101,7 @@ class Access:
         if scope["path"].startswith(COUNTED):
             self.service.meter.record(trace)
         if self.log_all or trace.status >= 500:
-            named = trace.request_id or scope.get(ID_KEY)
-            trace.request_id = named or header(scope["headers"], ID_HEADER)
+            trace.request_id = request_id(scope)
             log_request(scope["method"], scope["path"], trace, failure if trace.status >= 500 else None)
 
 
@@ -120,12 +117,3 @@ def charge(grant: Grant, trace: Trace, amount: int, now: float, share: float, *,
     except RequestError:
         trace.limited = True
         raise
-
-
-def header(headers: Any, name: bytes) -> str | None:
-    """The value of a header as a log may hold it: short, and nothing but what can be printed."""
-    for key, value in headers:
-        if key.lower() == name:
-            text = value.decode("latin-1")[:ID_LENGTH]
-            return text if text.isprintable() else None
-    return None

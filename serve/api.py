@@ -106,8 +106,7 @@ def answer_with(request: Request, answer: Answer) -> Response:
 
 def refusal(error: RequestError, name: str | None = None) -> JSONResponse:
     """What a refused request gets: the field, the rule, and where it helps, when to try again."""
-    wait = error.retry_after_s
-    headers = {} if wait is None else {"retry-after": str(max(1, round(wait + 0.5)))}
+    headers = {} if error.retry_after is None else {"retry-after": error.retry_after}
     if error.status in UNREAD:
         headers["connection"] = "close"
     return problem(error.status, error.field, error.message, name, headers)

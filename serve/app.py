@@ -23,14 +23,14 @@ from ray.serve.handle import DeploymentHandle
 
 from serve.api import make_api
 from serve.config import ServeConfig
-from serve.control import memory_file, remembered
+from serve.control import memory_file, remembered, version_at
 from serve.fast_path import without_haproxy
 from serve.fleet import Order, Place, Report, order_of
 from serve.fleet_app import ADMIN_HOST, FleetApp
 from serve.follower import Follower, follow, load_as
 from serve.keys import checked
 from serve.service import Service
-from serve.shelf import Shelf, load
+from serve.shelf import Shelf
 from trainer.config import describe
 from trainer.data.schema import Config
 from trainer.errors import ConfigError, SlimrankError
@@ -114,7 +114,9 @@ async def first_order(fleet: DeploymentHandle, artifact: str, config: ServeConfi
         return await asyncio.wait_for(fleet.order.remote(), ORDER_S)
     except Exception:  # Ray raises many kinds for a fleet that is away
         known = remembered(memory_file(config), run)
-    return order_of(known) if known else Order(generation=0, live=Place(version=load(artifact).version, path=artifact))
+    if known is not None:
+        return order_of(known)
+    return Order(generation=0, live=Place(version=await asyncio.to_thread(version_at, artifact), path=artifact))
 
 
 def application(args: AppArgs) -> serve.Application:

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, Field
-from pydantic_core import from_json
 
 from compress.artifact import Artifact
 from serve.errors import RequestError
 from serve.features import FeatureReader
-from serve.request import RankedItem, RankRequest, RankResponse, parse_request
+from serve.request import RankedItem, RankRequest, RankResponse, check_request, decode
 
 SAMPLE = 500  # candidates of a comparison that names none
 COMPARE_SCHEMA = {
@@ -65,12 +64,9 @@ class CompareResponse(BaseModel):
 def parse_compare(body: bytes, reader: FeatureReader, max_candidates: int) -> RankRequest:
     """A rank request whose candidates may be left out: then items of the catalogue stand in.
 
-    Raises: RequestError as `parse_request` does, and when there is no catalogue to take candidates from.
+    Raises: RequestError as `check_request` does, and when there is no catalogue to take candidates from.
     """
-    try:
-        asked = from_json(body, allow_inf_nan=False)
-    except ValueError:
-        raise RequestError("body", "is not valid JSON", 400) from None
+    asked = decode(body, "body")
     if not isinstance(asked, dict):
         raise RequestError("body", "must be a JSON object with user, candidates and k")
     strange = sorted(set(asked) - {"user", "candidates", "k"})
@@ -82,7 +78,7 @@ def parse_compare(body: bytes, reader: FeatureReader, max_candidates: int) -> Ra
             raise RequestError("candidates", "is required: this model has no item catalogue to take them from")
     if not isinstance(asked["candidates"], list):
         raise RequestError("candidates", "must be a list of item ids, or of objects of raw columns")
-    return parse_request(asked, max_candidates)
+    return check_request(asked, max_candidates, RankRequest)
 
 
 def sample_items(reader: FeatureReader, count: int) -> list[str | int]:
@@ -136,9 +132,7 @@ def _side(
     others: Sequence[str | int],
     titles: Mapping[str | int, str | None],
 ) -> Side:
-    ranks = {
-        name: rank for rank, name in reversed(list(enumerate(others, 1)))
-    }  # of an id that is there twice: the best
+    ranks = {name: rank for rank, name in reversed(list(enumerate(others, 1)))}  # the best of an id that is there twice
     items = [
         ComparedItem(**{**dict(item), "title": titles[item.id]}, rank=rank, other_rank=ranks.get(item.id))
         for rank, item in enumerate(answer.items[:k], 1)

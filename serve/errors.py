@@ -18,5 +18,10 @@ class RequestError(SlimrankError):
         self.status = status
         self.retry_after_s = retry_after_s
 
+    @property
+    def retry_after(self) -> str | None:
+        """The value of a Retry-After header: whole seconds, at least one; None where asking again does not help."""
+        return None if self.retry_after_s is None else str(max(1, round(self.retry_after_s + 0.5)))
+
     def __reduce__(self) -> tuple[type[RequestError], tuple[str, str, int, float | None]]:
         return type(self), (self.field, self.message, self.status, self.retry_after_s)

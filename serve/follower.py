@@ -88,9 +88,8 @@ class Follower:
         while (place := self._next()) is not None:
             attempt = self.order.attempt if place == self.order.candidate else None
             try:
-                served = await asyncio.to_thread(
-                    self.loader, place
-                )  # a candidate even where it is loaded: files change
+                # a candidate is loaded even where it is loaded already: its files may have changed
+                served = await asyncio.to_thread(self.loader, place)
                 self.shelf.add(served)
                 if attempt is not None:
                     self.result = await asyncio.to_thread(self._compare, served, attempt)

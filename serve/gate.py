@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Protocol
 
 from serve.errors import RequestError
+from serve.headers import request_id
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -38,16 +39,17 @@ class Gate:
             try:
                 self.engine.admit()
             except RequestError as error:
-                await refuse(error, send)
+                await refuse(error, request_id(scope), send)
                 return
         await self.app(scope, receive, send)
 
 
-async def refuse(error: RequestError, send: Send) -> None:
-    """The answer of a refused request, as the routes give it (serve.api.refusal)."""
-    body = json.dumps({"error": error.message, "field": error.field}, separators=(",", ":")).encode()
+async def refuse(error: RequestError, name: str, send: Send) -> None:
+    """The answer of a refused request, as the routes give it (serve.api.refusal); `name` is the request's id."""
+    content = {"error": error.message, "field": error.field, "request_id": name}
+    body = json.dumps(content, separators=(",", ":")).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if error.retry_after_s is not None:
-        headers.append((b"retry-after", str(max(1, round(error.retry_after_s + 0.5))).encode()))
+    if error.retry_after is not None:
+        headers.append((b"retry-after", error.retry_after.encode()))
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -19,6 +19,7 @@ from serve.body import read_body
 from serve.compare import COMPARE_SCHEMA, CompareResponse, compared, parse_compare
 from serve.config import ServeConfig
 from serve.engine import Engine, Limits
+from serve.formula import formula_for
 from serve.openapi import refusals
 from serve.ranker import ALONE, Answer, Ranker
 from serve.request import RankResponse, ScoreRequest
@@ -84,10 +85,11 @@ def add_pages(api: FastAPI, service: Service) -> None:
 
 
 def check_files(artifact: Artifact, config: ServeConfig) -> None:
-    """Look at the files that a server will load beside its artifact, so that a mistake shows before it starts.
+    """Look at what a server will read beside its artifact, so that a mistake shows before it starts.
 
-    Raises: SlimrankError naming the file and the rule.
+    Raises: SlimrankError naming the file, or the part of the formula, and the rule.
     """
+    formula_for(config.score, artifact.model.tasks)
     if config.users is not None:
         open_users(config.users, artifact.model.transform.schema)
     if config.reference is not None and config.page:
@@ -99,7 +101,7 @@ def load_reference(service: Service) -> Served | None:
     path = service.config.reference
     if path is None:
         return None
-    reference = load(str(path), users=service.config.users)
+    reference = load(str(path), service.config.score, service.config.users)
     live, other = (ranker.artifact.model.transform.schema for ranker in (service.shelf.live.ranker, reference.ranker))
     if live.ids != other.ids or [t.name for t in live.tasks] != [t.name for t in other.tasks]:
         raise SlimrankError(f"serve.reference: {path}: has other ids or tasks than what is served: give one of its run")

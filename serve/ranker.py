@@ -116,14 +116,14 @@ class Ranker:
             yield joint[at : at + len(sides.items)]
             at += len(sides.items)
 
-    def _values(self, scores_KT: np.ndarray) -> np.ndarray:
+    def values(self, scores_KT: np.ndarray) -> np.ndarray:
         """What items are ordered by (K,): the first task's probability, or the formula's value."""
         return scores_KT[:, 0] if self.formula is None else self.formula(scores_KT, self.tasks)
 
     def _top(self, request: Any, sides: Sides, logits_KT: np.ndarray) -> RankResponse:
         scores_KT = sigmoid(logits_KT)
         self.recent.append(scores_KT)
-        values = self._values(scores_KT)
+        values = self.values(scores_KT)
         # items that differ by rounding alone keep the request's order, whatever they are scored with
         rounded = values.round(TIE_DIGITS) if self.formula is None else round_each(values, TIE_DIGITS)
         top = np.argsort(-rounded, kind="stable")[: request.k]
@@ -137,7 +137,7 @@ class Ranker:
                 item.scores = dict(zip(self.tasks, row, strict=True))
         if request.explain:
             rows = self.reader.joined(Sides(sides.request, sides.items.take(top)))
-            compared = (lambda z: z[:, 0]) if self.formula is None else (lambda z: self._values(sigmoid(z)))
+            compared = (lambda z: z[:, 0]) if self.formula is None else (lambda z: self.values(sigmoid(z)))
             for item, parts in zip(items, self.explainer.contributions(rows, compared), strict=True):
                 item.contributions = parts
         return RankResponse(request_id="", version=self.artifact.version, items=items, ms=0)
@@ -146,7 +146,7 @@ class Ranker:
         scores_KT = sigmoid(logits_KT)
         self.recent.append(scores_KT)
         tasks = dict(zip(self.tasks, scores_KT.T.tolist(), strict=True)) if len(self.tasks) > 1 else None
-        values = self._values(scores_KT).tolist()
+        values = self.values(scores_KT).tolist()
         return ScoreResponse(request_id="", version=self.artifact.version, scores=values, tasks=tasks, ms=0)
 
     def _signed(self, answer: Answer, request: ScoreRequest, ignored: list[str], started: float) -> Answer:

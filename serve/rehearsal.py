@@ -35,11 +35,10 @@ def compare(old: Ranker, new: Ranker, requests: Sequence[ScoreRequest]) -> Agree
             unreadable += 1
             overlaps.append(0.0)
             continue
-        after = matched(after, new, old)
         if len(before) > 1:
             k = request.k if isinstance(request, RankRequest) else TOP
-            overlaps.append(top_overlap(before[:, 0], after[:, 0], k))
-        sums += before.sum(axis=0), after.sum(axis=0)
+            overlaps.append(top_overlap(old.values(before), new.values(after), k))
+        sums += before.sum(axis=0), matched(after, new, old).sum(axis=0)
     if not overlaps:
         return compare_golden(old, new)
     return Agreement(
@@ -58,13 +57,14 @@ def compare_golden(old: Ranker, new: Ranker) -> Agreement:
     for ranker in (old, new):
         model = ranker.artifact.model
         scores.append(sigmoid(model.score_encoded(model.transform.encode(rows))))
-    after = matched(scores[1], new, old)
+    before, after = scores
+    sums = np.stack([before.sum(axis=0), matched(after, new, old).sum(axis=0)])
     return Agreement(
         source="golden rows",
         requests=len(rows),
         unreadable=0,
-        overlap=top_overlap(scores[0][:, 0], after[:, 0], len(rows)),
-        calibration=ratios(old.artifact.model.tasks, np.stack([scores[0].sum(axis=0), after.sum(axis=0)])),
+        overlap=top_overlap(old.values(before), new.values(after), len(rows)),
+        calibration=ratios(old.artifact.model.tasks, sums),
     )
 
 

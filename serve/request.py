@@ -183,21 +183,7 @@ def decode(text: bytes, field: str) -> Any:
         raise RequestError(field, f"is not valid JSON: {error}", 400) from None
 
 
-def parse_request(body: Any, max_candidates: int, kind: Kind = RankRequest) -> Any:
-    """Validate a body that another decoder than ours decoded: its texts may be no Unicode.
-
-    Raises: RequestError naming the field.
-    """
-    request = check_request(body, max_candidates, kind)
-    for key in request.user:  # the answer names those that no feature reads
-        utf8(key, "user")
-    for candidate in request.candidates if isinstance(request.candidates, list | dict) else ():
-        if isinstance(candidate, str):
-            utf8(candidate, "candidates")
-    return request
-
-
-def check_request(body: Any, max_candidates: int, kind: Kind) -> Any:
+def check_request(body: Any, max_candidates: int, kind: Kind = RankRequest) -> Any:
     """Validate a decoded body. Raises: RequestError naming the field."""
     if not isinstance(body, dict):
         raise RequestError("body", f"must be a JSON object with {_listed(kind)}")

@@ -7,13 +7,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from serve.engine import OVERHEAD
 from serve.errors import RequestError
 from serve.health import Counter, Health
 from serve.ranker import Answer
 from serve.request import ScoreRequest
 from serve.shelf import Served, Shelf
 
-REQUEST_CANDIDATES = 32  # what a request costs beside its candidates, in candidates (serve/engine.py)
 MOST_VALUES = 1_000_000  # of all requests kept: some 60 MB of Python values
 
 
@@ -38,7 +38,7 @@ class Watch:
             mended = {i: answer for i, answer in second.items() if not isinstance(answer, Exception)}
             answers = [mended.get(i, answer) for i, answer in enumerate(answers)]
             errors = len(mended)  # what neither version can answer tells nothing of this one
-        candidates = sum(self.candidates(r) + REQUEST_CANDIDATES for r in requests)
+        candidates = sum(self.candidates(r) + OVERHEAD for r in requests)
         self._counter(live.version).count(len(requests), errors, seconds / candidates)
         self.recent.add([r for r, a in zip(requests, answers, strict=True) if not isinstance(a, Exception)])
         return answers

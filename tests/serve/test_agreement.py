@@ -45,6 +45,13 @@ def test_overlap_and_calibration_are_those_of_the_answers(artifact: Artifact, ba
     assert 0 < found.overlap < 0.8
 
 
+def test_overlap_is_of_what_items_are_ordered_by(artifact: Artifact) -> None:
+    plain, upside_down = Ranker(artifact), Ranker(artifact, "1 - click")
+    assert compare(upside_down, upside_down, REQUESTS).overlap == 1.0
+    assert compare(plain, upside_down, REQUESTS).overlap < 0.5
+    assert compare(plain, upside_down, []).overlap < 0.5  # the golden rows
+
+
 def test_other_bits_agree_more_than_other_weights(artifact: Artifact, base: Path) -> None:
     old = Ranker(artifact)
     same, other = (compare(old, Ranker(a), REQUESTS) for a in (build.finer(base), build.stranger(base)))

@@ -16,7 +16,7 @@ from compress.artifact import Artifact
 from serve.api import make_api
 from serve.compare import overlap, table_bytes
 from serve.config import ServeConfig
-from serve.pages import FILES, golden_users, plain
+from serve.pages import FILES, check_files, golden_users, plain
 from serve.ranker import Ranker
 from serve.request import RankRequest
 from serve.service import Service
@@ -41,7 +41,7 @@ class Client:
 
 def client_of(artifact: Artifact, **config: Any) -> Client:
     options = ServeConfig.model_validate({"max_wait_ms": 60_000} | config)
-    live = load(str(artifact.folder), users=options.users)
+    live = load(str(artifact.folder), options.score, options.users)
     return Client(make_api(Service(Shelf(live), options)))
 
 
@@ -61,6 +61,17 @@ def users(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def client(artifact: Artifact, fp32: Artifact, users: Path) -> Client:
     return client_of(artifact, users=str(users), reference=str(fp32.folder))
+
+
+def test_both_sides_are_ordered_by_the_formula(artifact: Artifact, fp32: Artifact) -> None:
+    client = client_of(artifact, reference=str(fp32.folder), score="2 + click")
+    answer = client.post("/v1/compare", json={"user": {}, "k": 5}).json()
+    assert all(2 < item["score"] < 3 for side in ("live", "reference") for item in answer[side]["items"])
+
+
+def test_a_formula_of_unknown_tasks_is_refused_before_the_server_starts(artifact: Artifact) -> None:
+    with pytest.raises(SlimrankError, match="'buy' is no task of this model"):
+        check_files(artifact, ServeConfig(score="buy * 2"))
 
 
 def test_page_loads_nothing_from_elsewhere(client: Client) -> None:

@@ -241,7 +241,7 @@ def test_the_value_that_is_no_number_is_the_one_told(reader: FeatureReader) -> N
     ],
 )
 def test_text_that_is_no_unicode_is_refused(reader: FeatureReader, user: dict, candidates: list, field: str) -> None:
-    """JSON may hold such text: json.loads('"\\\\ud800"') gives it. Candidate ids are refused by parse_request."""
+    """JSON may hold such text: json.loads('"\\\\ud800"') gives it. A request's own decoder takes none."""
     with pytest.raises(RequestError) as caught:
         reader.read(user, candidates)
     assert caught.value.field == field
